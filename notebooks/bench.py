@@ -4,6 +4,7 @@ Both libraries go from parameters and batch to `.grad`, with UPGrad. Run with `m
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad
 
 import jdfunc as jd
+
+Steps = dict[str, tuple[nn.Module, Callable[[], None]]]  # by library: what is trained, one step
 
 
 def networks() -> dict[str, tuple[nn.Module, Tensor]]:
@@ -30,7 +33,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     return {"cnn": (cnn, torch.randn(32, 1, 28, 28)), "mlp": (mlp, torch.randn(32, 64))}
 
 
-def instance_wise(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+def instance_wise(model: nn.Module, x: Tensor, y: Tensor) -> Steps:
     """One objective per example: `jd_step` against the autogram engine."""
 
     def model_fn(params, buffers, batch):
@@ -41,16 +44,17 @@ def instance_wise(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[
         params = dict(model.named_parameters())
         jd.assign_grads(model, jd.jd_step(model_fn, params, (x, y), batch_dim=0))
 
-    engine, weighting = Engine(model, batch_dim=0), UPGradWeighting()
+    hooked = copy.deepcopy(model)  # the engine leaves hooks on its modules
+    engine, weighting = Engine(hooked, batch_dim=0), UPGradWeighting()
 
     def theirs():
-        losses = F.cross_entropy(model(x), y, reduction="none")
+        losses = F.cross_entropy(hooked(x), y, reduction="none")
         losses.backward(weighting(engine.compute_gramian(losses)))
 
-    return {"jdfunc": ours, "torchjd": theirs}
+    return {"jdfunc": (model, ours), "torchjd": (hooked, theirs)}
 
 
-def multi_task(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+def multi_task(model: nn.Module, x: Tensor, y: Tensor) -> Steps:
     """Two task losses: `jd_step` against autojac."""
 
     def tasks(logits: Tensor) -> Tensor:
@@ -66,23 +70,20 @@ def multi_task(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
         backward(tasks(model(x)))
         jac_to_grad(model.parameters(), UPGrad())
 
-    return {"jdfunc": ours, "torchjd": theirs}
+    return {"jdfunc": (model, ours), "torchjd": (model, theirs)}
 
 
-def measure(
-    model: nn.Module, steps: dict[str, Callable[[], None]], repeats: int
-) -> tuple[dict[str, float], float]:
+def measure(steps: Steps, repeats: int) -> tuple[dict[str, float], float]:
     """Median milliseconds of each step, in turns, and the cosine of the two directions."""
-    directions, times = [], {name: [] for name in steps}
-    for round_ in range(repeats + 2):  # two to warm up
-        for name, step in steps.items():
+    directions, times = {}, {name: [] for name in steps}
+    for _ in range(repeats + 2):  # two to warm up
+        for name, (model, step) in steps.items():
             model.zero_grad()
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-            if round_ == 0:
-                directions.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    cosine = F.cosine_similarity(*directions, dim=0).item()
+            directions[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    cosine = F.cosine_similarity(*directions.values(), dim=0).item()
     return {name: 1e3 * statistics.median(values[2:]) for name, values in times.items()}, cosine
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     for name, (model, x) in networks().items():
         y = torch.randint(10, (len(x),))
         for problem in (instance_wise, multi_task):
-            times, cosine = measure(model, problem(model, x, y), options.repeats)
+            times, cosine = measure(problem(model, x, y), options.repeats)
             ours, theirs = times["jdfunc"], times["torchjd"]
             print(f"{problem.__name__:14} {name:5} {ours:10.1f} {theirs:10.1f}  {cosine:.5f}")
 
