@@ -1,0 +1,8 @@
+"""Small dense problems on the Gramian: dual cone, complementarity, minimum-norm point, simplex."""
+
+from jdfunc.solvers.dual_cone import dual_cone
+from jdfunc.solvers.lcp import lcp
+from jdfunc.solvers.qp import quadprog
+from jdfunc.solvers.simplex import frank_wolfe, min_norm, project_simplex
+
+__all__ = ["dual_cone", "frank_wolfe", "lcp", "min_norm", "project_simplex", "quadprog"]

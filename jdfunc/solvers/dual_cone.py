@@ -1,0 +1,74 @@
+"""Projection onto the dual cone of the gradients, in the coordinates of the Gramian."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jdfunc.solvers.lcp import lcp
+from jdfunc.solvers.precision import compute_dtype, effective_ridge, poison
+
+__all__ = ["dual_cone"]
+
+
+def dual_cone(
+    gramian: Float[Tensor, "*batch m m"],
+    bounds: Float[Tensor, "*batch k m"],
+    *,
+    ridge: float = 1e-10,
+) -> Float[Tensor, "*batch k m"]:
+    """Coefficients that project each given combination of the gradients onto their dual cone.
+
+    For each row u of `bounds`: v = argmin ½ vᵀGv subject to v ≥ u; Jᵀv is the projection of Jᵀu
+    onto {x : Jx ≥ 0}. With v = u + z it is the complementarity problem z ≥ 0, Gz + Gu ≥ 0, zᵀ(Gz +
+    Gu) = 0.
+
+    Args:
+        gramian: G = J Jᵀ, shape [*batch, m, m], symmetric PSD. Units loss²/param².
+        bounds: u, shape [*batch, k, m], one problem per row; any signs.
+        ridge: added to the diagonal of the row-normalised Gramian; dimensionless. At least 4 eps of
+            the dtype of `gramian` (for half precision m eps / 2), because that much is rounding; 0
+            adds nothing as long as G is positive definite.
+
+    Returns:
+        v, shape [*batch, k, m], dtype and device of `gramian`. Homogeneous in u, unchanged if G is
+        multiplied by a positive number. vᵢ = uᵢ where G_ii = 0. NaN for a batch element that is not
+        finite. If G is singular only Jᵀv is unique.
+
+    Cost: closed form for m = 2, else that of `jdfunc.solvers.lcp`; one host sync per round.
+
+    References:
+        Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232,
+        Proposition 1.
+
+    Example:
+        >>> J = torch.tensor([[-4., 1., 1.], [6., 1., 1.]], dtype=torch.float64)
+        >>> dual_cone(J @ J.T, torch.eye(2))
+        tensor([[1.0000, 0.5789],
+                [1.2222, 1.0000]], dtype=torch.float64)
+    """
+    m, dtype = gramian.shape[-1], gramian.dtype
+    ridge = effective_ridge(ridge, dtype, m)
+    gramian = gramian.to(compute_dtype(gramian.device))
+    bounds = bounds.to(gramian)
+    if m == 2:
+        return (bounds + _two(gramian, bounds @ gramian, ridge)).to(dtype)
+    if m == 0:
+        return bounds.to(dtype)
+    root = gramian.detach().diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = (bounds.detach().abs() * root[..., None, :]).amax(-1)
+    return (bounds + lcp(gramian, bounds @ gramian, scale=scale, ridge=ridge)).to(dtype)
+
+
+def _two(
+    gramian: Float[Tensor, "*batch 2 2"], q: Float[Tensor, "*batch k 2"], ridge: float
+) -> Float[Tensor, "*batch k 2"]:
+    """The complementarity problem of size 2: both variables free if that gives positive values, else at most one."""
+    diagonal = (1 + ridge) * gramian.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    cross = gramian[..., None, None, 0, 1]
+    det = diagonal.prod(-1, keepdim=True) - cross * cross
+    both = (cross * q.flip(-1) - diagonal.flip(-1) * q) / torch.where(det > 0, det, 1)
+    positive = both > 0
+    alone = (-q).relu() / torch.where(diagonal > 0, diagonal, 1)
+    single = torch.where(positive | ~positive.flip(-1), alone, 0)
+    z = torch.where(positive.all(-1, keepdim=True) & (det > 0), both, single)
+    return z + poison(gramian)[..., None, None]

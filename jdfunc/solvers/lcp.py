@@ -1,0 +1,202 @@
+"""The linear complementarity problem z ≥ 0, A z + q ≥ 0, zᵀ(A z + q) = 0 for positive semidefinite A: the core of every cone method.
+
+The search for the free set F = {i : zᵢ > 0} branches on data, so it sits behind the operator
+`jdfunc::lcp`, which tracing sees as opaque and `vmap` as one more batch dimension. Given F, z_F =
+−A_FF⁻¹ q_F, and that is what is differentiated.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from jdfunc.solvers.pivoting import MASKED_SIZE, descend, pivot, solve_masked
+from jdfunc.solvers.splitting import douglas_rachford
+
+__all__ = ["lcp"]
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of signs, where the bounds have size 1
+
+
+def lcp(
+    matrix: Float[Tensor, "*batch m m"],
+    q: Float[Tensor, "*batch k m"],
+    *,
+    scale: Float[Tensor, "*batch k"] | None = None,
+    ridge: float = 1e-10,
+) -> Float[Tensor, "*batch k m"]:
+    """Solution z of z ≥ 0, y = A_r z + q ≥ 0, zᵀy = 0, for k right-hand sides that share one matrix.
+
+    A_r = A + ridge · diag(A): with D = diag(A)^½ the problem solved is the one of S + ridge · I, S
+    = D⁻¹AD⁻¹, so nothing depends on the scale of a row. Up to m = 28: block principal pivoting.
+    Above: Douglas–Rachford splitting in float32 guesses the free sets, and pivoting verifies and
+    corrects them in the dtype of `matrix`. Rows that pivoting leaves are finished by active-set
+    descent.
+
+    Args:
+        matrix: A, shape [*batch, m, m], symmetric PSD, float64 (float32 where a device has no
+            other).
+        q: shape [*batch, k, m], units of A times those of z.
+        scale: size of z · diag(A)^½ against which signs are judged, shape [*batch, k]. Default: the
+            largest |qᵢ| / A_ii^½.
+        ridge: added to the unit diagonal of S; dimensionless. Multiplied by 10 until S + ridge · I
+            is positive definite.
+
+    Returns:
+        z, shape [*batch, k, m], dtype and device of `matrix`. Zero where A_ii = 0; NaN for a batch
+        element that is not finite. Differentiable in `matrix` and `q` wherever zᵢ + yᵢ > 0 for all
+        i.
+
+    Cost: per problem one product of [k, m] and [m, m] for each of 10 to 300 float32 splitting
+    steps, and a Cholesky factorisation of size |F| for each row and pivoting round (2 to 5 rounds).
+
+    References:
+        Kim and Park, Fast Nonnegative Matrix Factorization: An Active-Set-Like Method and
+        Comparisons, SIAM J. Sci. Comput. 2011. Douglas and Rachford as in Eckstein and Bertsekas,
+        Math. Programming 55, 1992.
+
+    Example:
+        >>> lcp(torch.eye(2, dtype=torch.float64), torch.tensor([[-1.0, 2.0]], dtype=torch.float64), ridge=0.0)
+        tensor([[1., 0.]], dtype=torch.float64)
+    """
+    if scale is None:
+        scale = (q.detach() / _root_diagonal(matrix.detach())[..., None, :]).abs().amax(-1)
+    return _LCP.apply(matrix, q, scale, ridge)[0]
+
+
+class _LCP(torch.autograd.Function):
+    """The operator, with the derivatives that the final free set implies."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
+        return torch.ops.jdfunc.lcp(matrix, q, scale, ridge)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        matrix, *_ = inputs
+        z, free, ridges = output
+        ctx.mark_non_differentiable(free, ridges)
+        ctx.save_for_backward(matrix, z, free, ridges)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, z, free, ridges = ctx.saved_tensors
+        dual = _solve_at(matrix, ridges, -grads[0], free)
+        outer = dual.mT @ z
+        on_diagonal = ridges[..., None] * (dual * z).sum(-2)
+        return -(outer + outer.mT) / 2 - torch.diag_embed(on_diagonal), -dual, None, None
+
+
+def _solve_at(
+    matrix: Float[Tensor, "*batch m m"],
+    ridge: Float[Tensor, "*batch"],
+    q: Float[Tensor, "*batch k m"],
+    free: Bool[Tensor, "*batch k m"],
+) -> Float[Tensor, "*batch k m"]:
+    """The x with x_F = −(A_r)_FF⁻¹ q_F and zero elsewhere, differentiable."""
+    root = _root_diagonal(matrix)
+    normal = _normalise(matrix, root, ridge)
+    return solve_masked(normal[..., None, :, :], q / root[..., None, :], free) / root[..., None, :]
+
+
+def _root_diagonal(matrix: Float[Tensor, "*batch m m"]) -> Float[Tensor, "*batch m"]:
+    """diag(A)^½, with 1 in place of 0."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal > 0, diagonal, 1).sqrt()
+
+
+def _normalise(matrix: Tensor, root: Tensor, ridge: Tensor | float) -> Float[Tensor, "*batch m m"]:
+    """D⁻¹AD⁻¹ + ridge · I, with a diagonal of exactly 1 + ridge."""
+    eye = torch.eye(matrix.shape[-1], dtype=torch.bool, device=matrix.device)
+    diagonal = 1 + ridge[..., None, None] if isinstance(ridge, Tensor) else 1 + ridge
+    return torch.where(eye, diagonal, matrix / root[..., :, None] / root[..., None, :])
+
+
+def _search(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
+    """The eager operator: solution, free set and the ridge used, for any leading dimensions."""
+    batch, (k, m) = matrix.shape[:-2], q.shape[-2:]
+    flat, q, scale = matrix.reshape(-1, m, m), q.reshape(-1, k, m), scale.reshape(-1, k, 1)
+    root = _root_diagonal(flat)
+    broken = ~(flat.isfinite().all(-1).all(-1) & q.isfinite().all(-1).all(-1))
+    if broken.any():
+        flat = torch.where(broken[:, None, None], torch.eye(m).to(flat), flat)
+        root, q = torch.where(broken[:, None], 1, root), torch.where(broken[:, None, None], 0, q)
+    normal, ridges = _definite(flat, root, ridge)
+    scale = torch.where(scale > 0, scale, 1)
+    q = q / root[:, None, :] / scale
+    tol = TOLERANCE[q.dtype]
+    if m <= MASKED_SIZE:
+        shared = normal if len(normal) == 1 else normal.repeat_interleave(k, 0)
+        z = _solve_rows(shared, q.reshape(-1, m), tol)
+    else:
+        z = torch.cat([_solve_rows(normal[i : i + 1], q[i], tol) for i in range(len(q))] or [q])
+    z = z.reshape(q.shape)
+    free = z > 0
+    z = torch.where(broken[:, None, None], torch.nan, z * scale / root[:, None, :])
+    return z.reshape(*batch, k, m), free.reshape(*batch, k, m), ridges.reshape(batch)
+
+
+def _solve_rows(matrix: Tensor, q: Tensor, tol: float) -> Float[Tensor, "rows m"]:
+    """z ≥ 0 for each row of q; `matrix` has a unit diagonal and is one for all rows, or one per row."""
+    free = q < -tol
+    rows = free.any(-1).nonzero()[:, 0]
+    z = torch.zeros_like(q)
+    if len(rows) == 0:
+        return z
+    if len(rows) < len(q):
+        matrix = matrix if len(matrix) == 1 else matrix[rows]
+        free = free[rows]
+        q = q[rows]
+    if q.shape[-1] > MASKED_SIZE:
+        guess = douglas_rachford(matrix[0].float(), q.float(), tol=3e-4, max_iters=300)
+        free = guess > 0
+    x, unfinished = pivot(matrix, q, free, tol=tol, rounds=20)
+    left = unfinished.nonzero()[:, 0]
+    if len(left):
+        own = matrix if len(matrix) == 1 else matrix[left]
+        x[left] = descend(own, q[left], torch.zeros_like(q[left]), tol=tol, rounds=20 * q.shape[-1])
+    z[rows] = x.clamp(min=0)
+    return z
+
+
+def _definite(matrix: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """D⁻¹AD⁻¹ + ridge · I for the smallest ridge · 10ⁿ that makes it positive definite; and that ridge."""
+    ridges = torch.full(matrix.shape[:1], ridge, dtype=matrix.dtype, device=matrix.device)
+    normal = _normalise(matrix, root, ridge)
+    smallest = torch.finfo(matrix.dtype).eps
+    for _ in range(20):
+        failed = torch.linalg.cholesky_ex(normal).info > 0
+        if not failed.any():
+            break
+        ridges = torch.where(failed, 10 * ridges.clamp(min=smallest), ridges)
+        normal = _normalise(matrix, root, ridges)
+    return normal, ridges
+
+
+def _search_fake(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
+    ridges = matrix.new_empty(matrix.shape[:-2])
+    return torch.empty_like(q), torch.empty_like(q, dtype=torch.bool), ridges
+
+
+def _search_vmap(
+    info: Any, in_dims: tuple, matrix: Tensor, q: Tensor, scale: Tensor, ridge: float
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The mapped dimension becomes one more leading batch dimension."""
+    tensors = (
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip((matrix, q, scale), in_dims[:3], strict=True)
+    )
+    return torch.ops.jdfunc.lcp(*tensors, ridge), (0, 0, 0)
+
+
+# A plain library operator costs a third of the call overhead of `torch.library.custom_op`.
+_LIBRARY = torch.library.Library("jdfunc", "FRAGMENT")
+_LIBRARY.define(
+    "lcp(Tensor matrix, Tensor q, Tensor scale, float ridge) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("lcp", _search, "CompositeExplicitAutograd")
+torch.library.register_fake("jdfunc::lcp", _search_fake, lib=_LIBRARY)
+torch.library.register_vmap("jdfunc::lcp", _search_vmap, lib=_LIBRARY)

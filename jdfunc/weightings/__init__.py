@@ -1,0 +1,23 @@
+"""Weightings: pure functions from the Gramian of the objectives to one weight per objective.
+
+`__all__` lists the plain weightings, family by family; the types and adapters around them are
+imported by name.
+"""
+
+from jdfunc.weightings import cone, fixed, hull
+from jdfunc.weightings.base import Weighting as Weighting
+from jdfunc.weightings.base import as_weighting as as_weighting
+from jdfunc.weightings.base import flattened as flattened
+from jdfunc.weightings.base import stateless as stateless
+from jdfunc.weightings.cone import *
+from jdfunc.weightings.diagnostics import cone_residual as cone_residual
+from jdfunc.weightings.diagnostics import conflict_margin as conflict_margin
+from jdfunc.weightings.diagnostics import min_cosine as min_cosine
+from jdfunc.weightings.diagnostics import min_norm_gap as min_norm_gap
+from jdfunc.weightings.fixed import *
+from jdfunc.weightings.hull import *
+
+__all__: list[str] = []
+__all__ += cone.__all__
+__all__ += fixed.__all__
+__all__ += hull.__all__
