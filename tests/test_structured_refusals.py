@@ -1,0 +1,240 @@
+"""batch_dim=0 is a claim: where it is false the caller gets a ValueError, never a wrong number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from models import BY_NAME, ZOO, Fn, images, module_case, randn, readout
+from torch import Tensor, nn
+
+import jdfunc as jd
+
+
+def _coupled(losses: Any, make: Any = None, data: Any = None, **kwargs: Any) -> Any:
+    make = make or (lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)))
+    return module_case("coupled", make, data or images(5), losses, size=5, **kwargs).build()
+
+
+def per_example(apply: Any, x: Tensor) -> Tensor:
+    return readout(apply(x))
+
+
+def minus_mean(apply: Any, x: Tensor) -> Tensor:
+    losses = per_example(apply, x)
+    return losses - losses.mean()
+
+
+def over_batch_size(apply: Any, x: Tensor) -> Tensor:
+    return per_example(apply, x) / x.shape[0]
+
+
+def cross_attention(apply: Any, x: Tensor) -> Tensor:
+    z = apply(x)[None]  # the batch is read as one sequence
+    return readout(F.scaled_dot_product_attention(z, z, z)[0])
+
+
+def batch_softmax(apply: Any, x: Tensor) -> Tensor:
+    return readout(apply(x).softmax(0))
+
+
+def rolled(apply: Any, x: Tensor) -> Tensor:
+    return readout(apply(x) * x.roll(1, 0)[:, :3])
+
+
+def cumulative(apply: Any, x: Tensor) -> Tensor:
+    return readout(apply(x).cumsum(0))
+
+
+def folded_wrongly(apply: Any, x: Tensor) -> Tensor:
+    return readout(apply(x).T.reshape(x.shape[0], -1))  # mixes examples
+
+
+def one_pair(apply: Any, x: Tensor) -> Tensor:
+    losses = per_example(apply, x)
+    return losses + torch.arange(x.shape[0]).eq(1) * apply(x[-1:]).sum()
+
+
+def whole_batch_norm(apply: Any, x: Tensor) -> Tensor:
+    z = apply(x)
+    return readout((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt())
+
+
+VALUES = [
+    minus_mean,
+    over_batch_size,
+    cross_attention,
+    batch_softmax,
+    rolled,
+    cumulative,
+    folded_wrongly,
+    one_pair,
+    whole_batch_norm,
+]
+
+
+def through_gradient_only(apply: Any, x: Tensor) -> Tensor:
+    """Values are those of independent losses; gradients are not."""
+    losses = per_example(apply, x)
+    return losses + losses.mean() - losses.mean().detach()
+
+
+CALLS = [
+    pytest.param(lambda *a, **k: jd.structured(*a, **k), id="structured"),
+    pytest.param(lambda *a, **k: jd.gramian(*a, **k), id="gramian"),
+    pytest.param(lambda *a, **k: jd.jd_step(*a, weighting=jd.mean, **k), id="jd_step"),
+    pytest.param(lambda *a, **k: jd.check_batch_independence(*a, **k), id="check"),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("losses", [*VALUES, through_gradient_only], ids=lambda f: f.__name__)
+def test_coupled_losses_are_refused(losses: Any, call: Any) -> None:
+    model_fn, params, buffers, batch = _coupled(losses)
+    with pytest.raises(ValueError, match=r"(?s)(?i)(example|losses\[).*\d") as caught:
+        call(model_fn, params, batch, buffers=buffers, batch_dim=0)
+    assert "batch_dim" in str(caught.value)
+
+
+@pytest.mark.parametrize("losses", [*VALUES, through_gradient_only], ids=lambda f: f.__name__)
+def test_coupled_losses_are_right_without_batch_dim(losses: Any) -> None:
+    model_fn, params, buffers, batch = _coupled(losses)
+    wanted = oracles.gramian(model_fn, params, buffers, batch)
+    oracles.assert_close(jd.gramian(model_fn, params, batch, buffers=buffers), wanted)
+
+
+@pytest.mark.parametrize("losses", [*VALUES, through_gradient_only], ids=lambda f: f.__name__)
+def test_dense_is_right_or_refuses(losses: Any) -> None:
+    model_fn, params, buffers, batch = _coupled(losses)
+    try:
+        got = jd.dense(model_fn, params, batch, buffers=buffers, batch_dim=0).gram()
+    except ValueError:
+        return
+    oracles.assert_close(got, oracles.gramian(model_fn, params, buffers, batch))
+
+
+def test_the_pair_is_named() -> None:
+    model_fn, params, buffers, batch = _coupled(one_pair)
+    with pytest.raises(ValueError, match=r"(?s)\b1\b.*\b4\b|\b4\b.*\b1\b"):
+        jd.check_batch_independence(model_fn, params, batch, buffers=buffers)
+
+
+BATCH_STATISTICS = {
+    "BatchNorm1d": lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)),
+    "BatchNorm1d_untracked_eval": lambda: nn.Sequential(
+        nn.Linear(5, 7), nn.BatchNorm1d(7, track_running_stats=False)
+    ).eval(),
+    "BatchNorm1d_no_affine": lambda: nn.Sequential(
+        nn.Linear(5, 7), nn.BatchNorm1d(7, affine=False)
+    ),
+    "BatchNorm1d_on_sequences": lambda: nn.Sequential(
+        nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.BatchNorm1d(2)
+    ),
+    "BatchNorm2d": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 5)), nn.Conv2d(1, 2, (1, 3)), nn.BatchNorm2d(2)
+    ),
+    "functional": lambda: Fn(
+        lambda self, x: F.batch_norm(self.linear(x), None, None, training=True),
+        linear=nn.Linear(5, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", BATCH_STATISTICS)
+def test_batch_statistics_are_refused_by_name(kind: str, call: Any) -> None:
+    model_fn, params, buffers, batch = _coupled(
+        per_example, BATCH_STATISTICS[kind], train="eval" not in kind
+    )
+    with pytest.raises(ValueError, match=r"(?i)batch_?norm") as caught:
+        call(model_fn, params, batch, buffers=buffers, batch_dim=0)
+    assert "batch_dim" in str(caught.value)
+
+
+def test_batch_norm_written_into_the_given_buffers_is_refused_too() -> None:
+    """The README form, without a copy of the buffers."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)).double()
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    before = oracles.snapshot(buffers)
+
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        return readout(torch.func.functional_call(model, (params, buffers), (x,)))
+
+    with pytest.raises(ValueError, match=r"(?i)batch_?norm"):
+        jd.jd_step(model_fn, params, randn(5, 5), buffers=buffers, batch_dim=0)
+    oracles.assert_untouched(buffers, before)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_losses_without_an_example_axis_are_refused(call: Any) -> None:
+    for losses in (
+        lambda apply, x: per_example(apply, x).mean(),
+        lambda apply, x: per_example(apply, x).mean()[None],
+        lambda apply, x: apply(x).mean(0),  # [3] losses of 5 examples
+        lambda apply, x: apply(x).T,  # examples along the second dimension
+    ):
+        model_fn, params, buffers, batch = _coupled(losses)
+        with pytest.raises(ValueError, match=r"(?s)(?i)losses.*5"):
+            call(model_fn, params, batch, buffers=buffers, batch_dim=0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_as_many_tasks_as_examples_is_refused(call: Any) -> None:
+    """[B] losses that are really [K] task losses with K = B: shapes alone cannot tell."""
+    model_fn, params, buffers, batch = _coupled(
+        lambda apply, x: apply(x).square().mean(0), lambda: nn.Linear(5, 5)
+    )
+    with pytest.raises(ValueError, match="batch_dim"):
+        call(model_fn, params, batch, buffers=buffers, batch_dim=0)
+
+
+@pytest.mark.parametrize("batch_dim", [1, -1, 2])
+def test_other_batch_dims_are_exact_or_refused(batch_dim: int) -> None:
+    """Only 0 is promised; batch_dim=1 must not be taken for 0."""
+    model_fn, params, buffers, _ = _coupled(per_example)
+    with pytest.raises((ValueError, TypeError, IndexError)):
+        jd.gramian(model_fn, params, randn(5, 5), buffers=buffers, batch_dim=batch_dim)
+
+
+@pytest.mark.parametrize("batch_dim", ["0", 0.0, True, [0]])
+def test_batch_dim_of_the_wrong_kind(batch_dim: Any) -> None:
+    model_fn, params, buffers, batch = _coupled(per_example)
+    with pytest.raises((ValueError, TypeError), match="batch_dim"):
+        jd.gramian(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
+
+
+@pytest.mark.parametrize("name", [c.name for c in ZOO if 0 in c.batch_dims and not c.slow])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_independent_losses_pass_the_check(name: str) -> None:
+    model_fn, params, buffers, batch = BY_NAME[name].build()
+    jd.check_batch_independence(model_fn, params, batch, buffers=buffers)
+
+
+def test_shared_leaves_pass_the_check() -> None:
+    model_fn, params, buffers, batch = BY_NAME["shared_context"].build()
+    jd.check_batch_independence(model_fn, params, batch, buffers=buffers, batch_dim=(0, None))
+
+
+def test_one_example_passes_the_check() -> None:
+    model_fn, params, buffers, batch = BY_NAME["mlp"].build(size=1)
+    jd.check_batch_independence(model_fn, params, batch, buffers=buffers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_coupling(dtype: torch.dtype) -> None:
+    """A wide model in low precision: batched and single runs round differently."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(257, 131), nn.ReLU(), nn.Linear(131, 3)).to(dtype)
+        x, y = torch.randn(31, 257).to(dtype), torch.randint(0, 3, (31,))
+    params = {k: v.detach() for k, v in model.named_parameters()}
+
+    def model_fn(params: Any, buffers: Any, batch: Any) -> Tensor:
+        logits = torch.func.functional_call(model, params, (batch[0],))
+        return F.cross_entropy(logits, batch[1], reduction="none")
+
+    jd.check_batch_independence(model_fn, params, (x, y))
+    assert jd.gramian(model_fn, params, (x, y), batch_dim=0).isfinite().all()
