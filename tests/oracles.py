@@ -54,7 +54,7 @@ def cross_gramian(rows1: Any, rows2: Any, shape1: torch.Size, shape2: torch.Size
     flat = flat_jacobian(rows1, len(shape1)) @ flat_jacobian(rows2, len(shape2)).T
     k1, k2 = len(shape1), len(shape2)
     order = [*range(k1), *reversed(range(k1, k1 + k2))]
-    return flat.reshape(*shape1, *shape2).permute(order)
+    return flat.reshape([*shape1, *shape2]).permute(order)
 
 
 def gramian(model_fn: ModelFn, params: Any, buffers: Any, batch: Any) -> Tensor:

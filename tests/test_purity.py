@@ -245,7 +245,9 @@ def test_ensemble_of_params_and_batches(linearize: str) -> None:
 
 
 @pytest.mark.parametrize("linearize", ["structured", "dense"])
-@pytest.mark.parametrize(("name", "batch_dim"), [("mlp", 0), ("mlp", None), ("cnn", 0), ("vit", 0)])
+@pytest.mark.parametrize(
+    ("name", "batch_dim"), [("mlp", 0), ("mlp", None), ("cnn", 0), ("einsum_heads", 0)]
+)
 @pytest.mark.parametrize("weighting", ["mean", "constant"])
 def test_inside_grad(name: str, batch_dim: Any, linearize: str, weighting: str) -> None:
     """∇ₚ |Jᵀw|² by torch.func.grad against central differences along a random direction."""

@@ -195,16 +195,18 @@ def test_both_linearizations(setup: str, linearize: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("setup", SETUPS)
 def test_mgda_is_where_frank_wolfe_is_going(setup: str, seed: int) -> None:
-    """Ours is the converged point: no longer than theirs, and close to it after many steps."""
+    """Ours is the converged point: optimal, no longer than theirs, and near it."""
     model, model_fn, params, buffers, batch = _problem(
         SETUPS[setup], task_losses, torch.float64, seed
     )
     info, grads = jd.value_and_jd_step(model_fn, params, batch, buffers=buffers, weighting=jd.mgda)
-    theirs = aggregation.MGDAWeighting(epsilon=1e-12, max_iters=20_000)(info.gramian)
+    theirs = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=1000)(info.gramian)
     ours_norm = info.weights @ info.gramian @ info.weights
     theirs_norm = theirs @ info.gramian @ theirs
     assert ours_norm <= theirs_norm * (1 + 1e-12)
-    assert ours_norm >= theirs_norm * (1 - 1e-3)
+    assert ours_norm >= theirs_norm * (1 - 1e-2)
+    slack = info.gramian @ info.weights - ours_norm  # KKT: no row is nearer to the origin
+    assert slack.min() >= -1e-9 * info.gramian.diagonal().max()
     assert info.weights.min() >= 0
     assert abs(float(info.weights.sum()) - 1) < 1e-12
     total = sum(float(g.square().sum()) for g in grads.values())
