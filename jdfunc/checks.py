@@ -1,0 +1,86 @@
+"""Checks of the arguments that every linearization shares, and the words of their errors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdfunc import pytrees
+from jdfunc.types import Buffers, ModelFn, Params
+
+
+def check_model(model_fn: ModelFn, params: Params) -> None:
+    """Check that the model is a function and that the params are floating-point tensors."""
+    if not callable(model_fn):
+        raise TypeError(
+            "expected model_fn to be a function (params, buffers, batch) -> losses, "
+            f"got {type(model_fn).__name__}"
+        )
+    if isinstance(model_fn, torch.nn.Module):
+        raise TypeError(
+            "expected model_fn to be a pure function (params, buffers, batch) -> losses, got the "
+            f"module {type(model_fn).__name__}; wrap it: see jdfunc.model_to_function"
+        )
+    for name, leaf in zip(pytrees.names(params), pytrees.leaves(params), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"expected every leaf of params to be a tensor, got {type(leaf).__name__} at "
+                f"{name!r}"
+            )
+        if not leaf.is_floating_point():
+            raise ValueError(
+                f"expected floating-point params, got {leaf.dtype} at {name!r}; pass tensors that "
+                "are not trained in buffers or in the batch"
+            )
+
+
+def check_losses(losses: Any) -> None:
+    """Check that losses are one floating-point tensor."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"expected model_fn to return a tensor of losses, got {type(losses).__name__}; stack "
+            "the losses of several tasks, or pass has_aux=True if the model returns (losses, aux)"
+        )
+    if not losses.is_floating_point():
+        raise ValueError(f"expected floating-point losses, got {losses.dtype}")
+
+
+def split_aux(output: Any, has_aux: bool) -> tuple[Tensor, Any]:
+    """Return losses and aux of what model_fn returned, checked."""
+    if has_aux:
+        if not isinstance(output, tuple) or len(output) != 2:
+            raise TypeError(
+                "expected model_fn to return (losses, aux) because has_aux=True, got "
+                f"{type(output).__name__}"
+            )
+        losses, aux = output
+    else:
+        losses, aux = output, ()
+    check_losses(losses)
+    return losses, aux
+
+
+def check_depends(losses: Tensor, params: Params) -> None:
+    """Check that losses carry a gradient to some parameter.
+
+    A model that reads its own tensors instead of the params it is given is the usual reason.
+    """
+    if pytrees.leaves(params) and not losses.requires_grad:
+        raise ValueError(
+            "expected losses that depend on params, got losses that depend on none of them; call "
+            "the model with the params it is given (torch.func.functional_call, or the apply_fn of "
+            "jdfunc.model_to_function), outside torch.no_grad() and without .detach()"
+        )
+
+
+def buffers_or_empty(buffers: Buffers | None) -> Buffers:
+    """Return the buffers, checked to hold tensors; an empty dict for None."""
+    if buffers is None:
+        return {}
+    for name, leaf in zip(pytrees.names(buffers), pytrees.leaves(buffers), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"expected every leaf of buffers to be a tensor, got {type(leaf).__name__} at "
+                f"{name!r}"
+            )
+    return buffers

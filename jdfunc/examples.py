@@ -1,0 +1,135 @@
+"""One example at a time: a model run by `torch.vmap` on batches of one.
+
+`vmap` tracks the example axis whatever the layout inside the model: sequence-first tensors and
+reshapes to ``[B·T, d]`` stay right, because each example only ever sees itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdfunc import pytrees
+from jdfunc.checks import split_aux
+from jdfunc.types import Batch, Buffers, ModelFn, Params
+
+
+def batch_dims(batch: Batch, batch_dim: Any) -> list[int | None]:
+    """Return the example axis of every leaf of the batch; None for a leaf that examples share.
+
+    Args:
+        batch: the batch.
+        batch_dim: an axis for every tensor, or a pytree prefix of axes and None, as in_dims of
+            `torch.vmap`.
+
+    Returns:
+        One axis, or None, for each leaf of the batch.
+
+    Raises:
+        ValueError: leaves disagree on the number of examples, or none has an example axis.
+        TypeError: an axis that is not an int or None.
+    """
+    values = pytrees.leaves(batch)
+    if isinstance(batch_dim, int):
+        dims = [batch_dim if isinstance(v, Tensor) and v.ndim else None for v in values]
+    else:
+        dims = pytrees.broadcast_prefix(batch_dim, batch)
+    for value, dim in zip(values, dims, strict=True):
+        if dim is None:
+            continue
+        if not isinstance(dim, int) or not isinstance(value, Tensor):
+            raise TypeError(
+                "expected batch_dim to give an int for every tensor with an example axis and None "
+                f"for the rest, got {dim!r} for a {type(value).__name__}"
+            )
+        if not -value.ndim <= dim < value.ndim:
+            raise ValueError(
+                f"expected batch_dim to be an axis of every tensor of the batch, got {dim} for a "
+                f"tensor of shape {tuple(value.shape)}; pass a pytree like in_dims of torch.vmap, "
+                "with None for a tensor that all examples share"
+            )
+    sizes = {v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None}
+    if len(sizes) != 1:
+        raise ValueError(
+            "expected the tensors of the batch to have one number of examples along batch_dim, got "
+            f"{sorted(sizes) or 'no tensor with an example axis'}; shared tensors take None in a "
+            "pytree given as batch_dim"
+        )
+    return dims
+
+
+def num_examples(batch: Batch, batch_dim: Any) -> int:
+    """Return the number of examples of a batch."""
+    values, dims = pytrees.leaves(batch), batch_dims(batch, batch_dim)
+    return next(v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None)
+
+
+def select(batch: Batch, batch_dim: Any, examples: Tensor) -> Batch:
+    """Return the batch of the given examples."""
+    values, restore = pytrees.flatten(batch)
+    dims = batch_dims(batch, batch_dim)
+    return restore(
+        [
+            v if d is None else v.index_select(d, examples)
+            for v, d in zip(values, dims, strict=True)
+        ]
+    )
+
+
+def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: Any) -> Any:
+    """Apply a function of a batch of one to every example; results stack along a first axis.
+
+    Random draws inside the function are independent between examples.
+    """
+    values, restore = pytrees.flatten(batch)
+    dims = batch_dims(batch, batch_dim)
+
+    def batch_of_one(example: list[Any]) -> Any:
+        given = iter(example)
+        return function(
+            restore(
+                [
+                    v if d is None else next(given).unsqueeze(d if d >= 0 else v.ndim + d)
+                    for v, d in zip(values, dims, strict=True)
+                ]
+            )
+        )
+
+    mapped = [(v, d) for v, d in zip(values, dims, strict=True) if d is not None]
+    return torch.vmap(
+        batch_of_one, in_dims=([d for _, d in mapped],), randomness="different"
+    )([v for v, _ in mapped])
+
+
+def losses_of_one(
+    model_fn: ModelFn, params: Params, buffers: Buffers, example: Batch, has_aux: bool
+) -> tuple[Tensor, Any]:
+    """Run the model on a batch of one: its losses [*rest] without the example axis, and aux.
+
+    Args:
+        model_fn: the model.
+        params: its parameters.
+        buffers: its buffers.
+        example: a batch of one example.
+        has_aux: whether the model returns (losses, aux).
+
+    Returns:
+        ``(losses, aux)``, aux tensors without a leading axis of size one.
+
+    Raises:
+        ValueError: the losses do not have one entry along the first axis.
+    """
+    losses, aux = split_aux(model_fn(params, buffers, example), has_aux)
+    if losses.ndim == 0 or losses.shape[0] != 1:
+        raise ValueError(
+            "expected losses with one entry per example along their first axis because batch_dim "
+            f"is given, got losses of shape {tuple(losses.shape)} for a batch of one example; use "
+            'reduction="none", or batch_dim=None for losses that are means over the batch'
+        )
+
+    def unbatched(leaf: Any) -> Any:
+        leading = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
+        return leaf.squeeze(0) if leading else leaf
+
+    return losses.squeeze(0), pytrees.map(unbatched, aux)

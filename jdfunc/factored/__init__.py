@@ -1,0 +1,1 @@
+"""Rows of a Jacobian kept factored: their types, their algebra."""

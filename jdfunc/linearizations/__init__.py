@@ -1,0 +1,6 @@
+"""How the Jacobian is held: one function per file, one signature for all."""
+
+from jdfunc.linearizations.dense import dense, jacobian
+from jdfunc.linearizations.structured import structured
+
+__all__ = ["dense", "jacobian", "structured"]

@@ -1,0 +1,148 @@
+"""The Jacobian as dense rows: one pullback per loss, or one per example where rows allow it."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdfunc import pytrees
+from jdfunc.checks import buffers_or_empty, check_depends, check_model, split_aux
+from jdfunc.examples import for_each_example, losses_of_one, num_examples
+from jdfunc.linearizations.of_rows import of_rows
+from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params, Rows
+
+
+def detached(params: Params) -> Params:
+    """Return params whose `nn.Parameter` leaves are detached: a step never writes their ``.grad``.
+
+    A tensor that carries a graph keeps it, so that a step can itself be differentiated.
+    """
+    return pytrees.map(lambda p: p.detach() if isinstance(p, torch.nn.Parameter) else p, params)
+
+
+def jacobian(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> Any:
+    """Rows of J = ∂losses/∂params, by the pullback of every loss under `torch.vmap`.
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        chunk_size: how many pullbacks run at a time; all at once if None. Bounds memory.
+        has_aux: ``model_fn`` returns ``(losses, aux)``.
+
+    Returns:
+        A pytree like ``params`` of rows [*rows, *param.shape]; ``(rows, aux)`` if ``has_aux``.
+        Units loss/param. A parameter that the losses do not use has rows of zeros.
+
+    Raises:
+        ValueError: params are not floating point, or the losses depend on none of them.
+        TypeError: ``model_fn`` is no function, or does not return a tensor.
+
+    Cost: one forward pass, m pullbacks, m·n elements.
+
+    Example:
+        >>> def model_fn(params, buffers, batch):
+        ...     return torch.stack([(batch * params["w"]).sum(), params["w"].square().sum()])
+        >>> jacobian(model_fn, {"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 4.0]))
+        {'w': tensor([[3., 4.],
+                [2., 4.]])}
+    """
+    rows, _, aux = _rows(
+        model_fn, params, batch, buffers=buffers, chunk_size=chunk_size, has_aux=has_aux
+    )
+    return (rows, aux) if has_aux else rows
+
+
+def dense(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    batch_dim: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Linearization:
+    """Hold J as dense rows: always exact, whatever the model; the oracle of the other forms.
+
+    Choose it for few objectives, or for a model whose parameters `structured` does not recognise.
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        batch_dim: None: one pullback per loss. An int, or a pytree like in_dims of `torch.vmap`:
+            losses[i] depends on example i alone, and one batched pullback serves every example.
+        has_aux: ``model_fn`` returns ``(losses, aux)``.
+        chunk_size: how many pullbacks run at a time; all at once if None.
+
+    Returns:
+        A `Linearization` whose ``rows`` are dense, [*rows, *param.shape].
+
+    Raises:
+        ValueError: params are not floating point, the losses depend on none of them, or they are
+            not one per example where ``batch_dim`` is given.
+        TypeError: ``model_fn`` is no function, or does not return a tensor.
+
+    Cost: m pullbacks, m·n elements, m² n multiply-adds for the Gramian.
+    """
+    pull = partial(_rows, buffers=buffers, chunk_size=chunk_size, has_aux=has_aux)
+    if batch_dim is None or num_examples(batch, batch_dim) == 0:
+        rows, losses, aux = pull(model_fn, params, batch)
+    else:
+        outer = detached(params)
+
+        def one(example: Batch) -> tuple[Rows, Tensor, Any]:
+            def losses_fn(params: Params, buffers: Buffers, example: Batch) -> Any:
+                losses, aux = losses_of_one(model_fn, params, buffers, example, has_aux)
+                return (losses, aux) if has_aux else losses
+
+            return pull(losses_fn, outer, example)
+
+        check_model(model_fn, params)
+        rows, losses, aux = for_each_example(one, batch, batch_dim)
+    return of_rows(losses, rows, aux)
+
+
+def _rows(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None,
+    chunk_size: int | None,
+    has_aux: bool,
+) -> tuple[Rows, Tensor, Any]:
+    check_model(model_fn, params)
+    given = buffers_or_empty(buffers)
+    values, restore = pytrees.flatten(detached(params))
+
+    def losses_fn(*values: Tensor) -> tuple[Tensor, tuple[Tensor, Any]]:
+        losses, aux = split_aux(model_fn(restore(values), given, batch), has_aux)
+        check_depends(losses, params)
+        return losses, (losses, aux)
+
+    if not values:
+        return params, *losses_fn()[1]
+    losses, pullback, (losses_value, aux) = torch.func.vjp(losses_fn, *values, has_aux=True)
+    units = torch.eye(losses.numel(), dtype=losses.dtype, device=losses.device)
+    if losses.numel() == 0:
+        flat = [v.new_zeros(0) for v in values]
+    elif losses.numel() == 1:
+        flat = list(pullback(units.reshape(losses.shape)))
+    else:
+        pull = torch.vmap(lambda unit: pullback(unit.reshape(losses.shape)), chunk_size=chunk_size)
+        flat = list(pull(units))
+    rows = [row.reshape(*losses.shape, *v.shape) for row, v in zip(flat, values, strict=True)]
+    return restore(rows), losses_value, aux

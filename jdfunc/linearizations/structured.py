@@ -1,0 +1,123 @@
+"""The Jacobian kept factored: activations and cotangents where a rule knows the use."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdfunc import algebra, pytrees
+from jdfunc.checks import buffers_or_empty, check_model, split_aux
+from jdfunc.examples import for_each_example, losses_of_one, num_examples
+from jdfunc.factored import leaves as factored
+from jdfunc.factored.leaves import OneHot, Outer, Side, Tied
+from jdfunc.linearizations.dense import dense, detached
+from jdfunc.linearizations.of_rows import of_rows
+from jdfunc.taps.linearize import Tapped, tapped
+from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
+
+
+def structured(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    batch_dim: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    max_block_bytes: int = algebra.MAX_BLOCK_BYTES,
+) -> Linearization:
+    """Hold J as activations and cotangents where a parameter is used as a matrix. Exact.
+
+    Row r of a linear layer is Σ_s g[r,s] ⊗ a[r,s]: its activations a and cotangents g take far
+    less memory than the row, and Gramian, Jᵀw and row norms follow from them without a second
+    backward pass. Linear layers, products with a parameter on either side, convolutions,
+    embeddings and attention are factored; every other use of a parameter has dense rows, and a
+    parameter with both has the rows of their sum.
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        batch_dim: None, always right: one pullback per loss. An int, or a pytree like in_dims of
+            `torch.vmap`: losses[i] depends on example i alone; then one pullback per loss of one
+            example serves the whole batch, each example run as a batch of one.
+        has_aux: ``model_fn`` returns ``(losses, aux)``. With ``batch_dim``, aux of the examples is
+            stacked along a first axis.
+        chunk_size: how many losses (of one example) are pulled back at a time; all if None.
+        max_block_bytes: bound on the temporary memory of a Gramian, in bytes.
+
+    Returns:
+        A `Linearization` whose ``rows`` have factored leaves (`jdfunc.factored`) where that takes
+        less memory than dense ones.
+
+    Raises:
+        ValueError: params are not floating point; the losses depend on none of them; or, where
+            ``batch_dim`` is given, an operation couples examples or losses are not one per example.
+        TypeError: ``model_fn`` is no function, or does not return a tensor.
+
+    Cost: one forward pass and one backward pass to the layer outputs, for the K losses of one
+    example K backward passes; memory b·s·(d_in + K·d_out) per layer of width d_in, d_out.
+    """
+    check_model(model_fn, params)
+    given = buffers_or_empty(buffers)
+    if batch_dim is not None and num_examples(batch, batch_dim) == 0:
+        return dense(model_fn, params, batch, buffers=buffers, has_aux=has_aux)
+    values, restore = pytrees.flatten(detached(params))
+    names = pytrees.names(params)
+    named = dict(zip(names, values, strict=True))
+
+    def one(example: Batch) -> Tapped:
+        def losses_fn(named: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            tree = restore([named[name] for name in names])
+            if batch_dim is not None:
+                return losses_of_one(model_fn, tree, given, example, has_aux)
+            return split_aux(model_fn(tree, given, example), has_aux)
+
+        return tapped(losses_fn, named, one_example=batch_dim is not None, chunk_size=chunk_size)
+
+    if batch_dim is None:
+        run = one(batch)
+    else:
+        run = for_each_example(one, batch, batch_dim)
+    losses = run.losses
+    rows = restore([_leaf(name, param, run) for name, param in named.items()])
+    return of_rows(losses, rows, run.aux, max_block_bytes)
+
+
+def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
+    """Return the rows of one parameter: all its uses, as one leaf."""
+    shape = run.losses.shape
+    uses: list[Outer] = []
+    for left, right in run.uses.get(name, []):
+        assert isinstance(right, Tensor)
+        new = Outer(left, right, param)
+        joined = next(
+            ((k, both) for k, u in enumerate(uses) if (both := factored.concatenate(u, new))), None
+        )
+        if joined is None:
+            uses.append(new)
+        else:
+            uses[joined[0]] = joined[1]
+    if not uses:
+        return run.rows[name] if name in run.rows else _no_uses(param, shape)
+    alike = len({_matrix_shape(use) for use in uses}) == 1
+    if name not in run.rows and alike:
+        leaf = uses[0] if len(uses) == 1 else Tied(tuple(uses))
+        if factored.elements(leaf) < math.prod(shape) * param.numel():
+            return leaf
+    dense_rows = [factored.materialise(use).reshape(*shape, *param.shape) for use in uses]
+    return sum(dense_rows[1:], dense_rows[0]) + run.rows.get(name, 0)
+
+
+def _matrix_shape(use: Outer) -> tuple[int, ...]:
+    h, j = use.right.shape[-3], use.right.shape[-1]
+    return h, use.param.numel() // (h * j) if h * j else 0, j
+
+
+def _no_uses(param: Tensor, shape: torch.Size) -> Outer:
+    """Rows of a parameter that the losses do not use: a sum over no positions."""
+    empty = param.new_zeros(*shape, 1, 0, 1)
+    return Outer(param.new_zeros(*shape, 1, 0, param.numel()), empty, param)

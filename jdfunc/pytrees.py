@@ -1,0 +1,42 @@
+"""The only file that talks to optree.
+
+Trees are flattened here, in optree's order (sorted keys), and handed to `torch.func` as flat
+lists: torch's own pytree order never meets optree's, so columns cannot be permuted.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+
+
+def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Any = None) -> Any:
+    """Apply ``fn`` to the leaves of one or more trees of equal structure."""
+    return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf)  # pyright: ignore[reportCallIssue]
+
+
+def leaves(tree: Any, is_leaf: Any = None) -> list[Any]:
+    """Return the leaves of a tree."""
+    return optree.tree_leaves(tree, is_leaf=is_leaf)
+
+
+def flatten(tree: Any, is_leaf: Any = None) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Return the leaves of a tree and the function that puts leaves back into its structure."""
+    values, structure = optree.tree_flatten(tree, is_leaf=is_leaf)
+    return values, lambda new: optree.tree_unflatten(structure, new)
+
+
+def names(tree: Any) -> list[str]:
+    """Return a dotted name for every leaf, in the order of `leaves`."""
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+
+
+def same_structure(tree: Any, other: Any, is_leaf: Any = None) -> bool:
+    """Tell whether two trees have the same structure."""
+    structures = [optree.tree_structure(t, is_leaf=is_leaf) for t in (tree, other)]
+    return structures[0] == structures[1]
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """Return, for every leaf of ``tree``, the leaf of ``prefix`` that stands above it."""
+    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True)

@@ -1,0 +1,218 @@
+"""The step: linearise, weigh, combine."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from jdfunc import algebra
+from jdfunc.linearizations import structured
+from jdfunc.types import (
+    Batch,
+    Buffers,
+    JDInfo,
+    Linearize,
+    Metric,
+    ModelFn,
+    Params,
+    State,
+)
+from jdfunc.weightings.base import Weighting, as_weighting, flattened
+from jdfunc.weightings.cone import upgrad
+
+OnNonfinite = Literal["propagate", "raise"]
+
+
+def jd_step(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    weighting: Any = upgrad,
+    batch_dim: Any = None,
+    linearize: Linearize = structured,
+    metric: Metric | None = None,
+    has_aux: bool = False,
+    on_nonfinite: OnNonfinite = "propagate",
+) -> Any:
+    """One direction of Jacobian descent: Jᵀ w, with weights w from the Gramian J Jᵀ.
+
+    To be subtracted from the params, by hand or by any optimiser (`assign_grads`).
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken. Never modified.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        weighting: ``gramian [m, m] -> weights [m]``; losses of another shape are flattened for it.
+        batch_dim: None, always right; or the example axis, if losses[i] depends on example i alone
+            (see `structured`).
+        linearize: how J is held: `structured`, `dense`.
+        metric: F⁻¹ as a function of a pytree like the params: then G = J F⁻¹ Jᵀ and the direction
+            is F⁻¹ Jᵀ w. The identity if None.
+        has_aux: ``model_fn`` returns ``(losses, aux)``.
+        on_nonfinite: "propagate": NaN or inf in losses or gradients make the direction NaN;
+            "raise": they raise, which waits for the device.
+
+    Returns:
+        The direction, a pytree like ``params`` in their dtypes, units loss/param;
+        ``(direction, aux)`` if ``has_aux``. No losses, or no parameters: zeros, or an empty tree.
+
+    Raises:
+        ValueError: see `value_and_jd_step`; or the weighting carries a state, which this function
+            has no place for.
+        TypeError: see `value_and_jd_step`.
+
+    References:
+        Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232.
+
+    Example:
+        >>> def model_fn(params, buffers, batch):
+        ...     return torch.stack([(batch * params["w"]).sum(), -params["w"][0]])
+        >>> params, batch = {"w": torch.tensor([1.0, 2.0])}, torch.tensor([1.0, 1.0])
+        >>> jd_step(model_fn, params, batch, weighting=upgrad)
+        {'w': tensor([0.0000, 0.7500])}
+    """
+    if isinstance(weighting, Weighting):
+        raise ValueError(
+            "expected a weighting without state, a function gramian -> weights; carry the state of "
+            "this one with value_and_jd_step(..., weighting=..., state=info.state)"
+        )
+    info, grads = value_and_jd_step(
+        model_fn,
+        params,
+        batch,
+        buffers=buffers,
+        weighting=weighting,
+        batch_dim=batch_dim,
+        linearize=linearize,
+        metric=metric,
+        has_aux=has_aux,
+        on_nonfinite=on_nonfinite,
+    )
+    return (grads, info.aux) if has_aux else grads
+
+
+def value_and_jd_step(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    weighting: Any = upgrad,
+    state: State | None = None,
+    batch_dim: Any = None,
+    linearize: Linearize = structured,
+    metric: Metric | None = None,
+    has_aux: bool = False,
+    on_nonfinite: OnNonfinite = "propagate",
+) -> tuple[JDInfo, Params]:
+    """`jd_step`, with all that it computed on the way.
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken. Never modified.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        weighting: ``gramian [m, m] -> weights [m]``, or a `Weighting` that carries a state.
+        state: the state of the weighting, ``info.state`` of the step before; started anew if None.
+        batch_dim: as in `jd_step`.
+        linearize: as in `jd_step`.
+        metric: as in `jd_step`.
+        has_aux: ``model_fn`` returns ``(losses, aux)``.
+        on_nonfinite: as in `jd_step`.
+
+    Returns:
+        ``(info, direction)``: `JDInfo` (losses, gramian, weights, state, aux), and a pytree like
+        ``params``.
+
+    Raises:
+        ValueError: params are not floating point, the losses depend on none of them, examples are
+            coupled where ``batch_dim`` is given, or a value is not finite and ``on_nonfinite`` is
+            "raise".
+        TypeError: ``model_fn``, ``weighting`` or ``linearize`` is no function, or the losses are
+            not a tensor.
+
+    Example:
+        >>> def model_fn(params, buffers, batch):
+        ...     return (params["w"] - batch).square()
+        >>> info, grads = value_and_jd_step(
+        ...     model_fn, {"w": torch.tensor([1.0])}, torch.tensor([0.0, 3.0])
+        ... )
+        >>> info.losses, info.gramian
+        (tensor([1., 4.]), tensor([[ 4., -8.],
+                [-8., 16.]]))
+    """
+    if on_nonfinite not in ("propagate", "raise"):
+        raise ValueError(f'expected on_nonfinite "propagate" or "raise", got {on_nonfinite!r}')
+    if not callable(linearize):
+        raise TypeError(
+            f"expected linearize to be a function such as jdfunc.structured, got {linearize!r}"
+        )
+    rule = flattened(as_weighting(weighting))
+    lin = linearize(
+        model_fn, params, batch, buffers=buffers, batch_dim=batch_dim, has_aux=has_aux
+    )
+    if metric is None:
+        gramian = lin.gram()
+    else:
+        gramian = algebra.gram(lin.rows, metric=metric, row_ndim=lin.losses.ndim)
+    state = rule.init(gramian) if state is None else state
+    weights, state = rule.update(gramian, state, losses=lin.losses)
+    if on_nonfinite == "raise":
+        _check_finite(lin.losses, gramian)
+    grads = lin.combine(weights)
+    grads = grads if metric is None else metric(grads)
+    return JDInfo(lin.losses, gramian, weights, state, lin.aux), grads
+
+
+def gramian(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Batch,
+    *,
+    buffers: Buffers | None = None,
+    batch_dim: Any = None,
+    linearize: Linearize = structured,
+    metric: Metric | None = None,
+) -> Tensor:
+    """Gramian of the losses, G = J F⁻¹ Jᵀ.
+
+    Args:
+        model_fn: pure function ``(params, buffers, batch) -> losses``, losses of any shape [*rows].
+        params: pytree of floating-point tensors, where J is taken.
+        batch: handed to ``model_fn``.
+        buffers: handed to ``model_fn``; an empty dict if None.
+        batch_dim: as in `jd_step`.
+        linearize: how J is held: `structured`, `dense`.
+        metric: F⁻¹ as a function of a pytree like the params; the identity if None.
+
+    Returns:
+        G, shape [*rows, *reversed(rows)]: [m, m] for a vector of losses. Float32 at least. Units
+        loss²/param².
+
+    Raises:
+        ValueError: as in `value_and_jd_step`.
+        TypeError: as in `value_and_jd_step`.
+
+    Example:
+        >>> def model_fn(params, buffers, batch):
+        ...     return batch @ params["w"]
+        >>> X = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> gramian(model_fn, {"w": torch.zeros(2)}, X, batch_dim=0)
+        tensor([[5., 2.],
+                [2., 1.]])
+    """
+    lin = linearize(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
+    if metric is None:
+        return lin.gram()
+    return algebra.gram(lin.rows, metric=metric, row_ndim=lin.losses.ndim)
+
+
+def _check_finite(losses: Tensor, gramian: Tensor) -> None:
+    bad = (~torch.isfinite(losses)).nonzero().tolist()
+    if bad:
+        raise ValueError(f"expected finite losses, got NaN or inf at {bad[:5]} of {len(bad)}")
+    if not bool(torch.isfinite(gramian).all()):
+        raise ValueError("expected finite gradients, got NaN or inf in the Gramian of the losses")

@@ -1,0 +1,1 @@
+"""Taps: where a parameter is used as a matrix, its activations and cotangents."""

@@ -1,0 +1,198 @@
+"""One run of a model under the tap: losses, and what is needed of every parameter's rows.
+
+For each parameter the cotangents of its recognised uses, beside their activations; and, where
+autograd finds a path from the losses to the parameter that no rule took, dense rows of that path.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from jdfunc.checks import check_depends
+from jdfunc.factored.leaves import OneHot, Side
+from jdfunc.taps import attention, batching, contraction, convolution, embedding
+from jdfunc.taps.tap import Rule, Tap, Use
+
+RULES: dict[Any, Rule] = {
+    **contraction.RULES,
+    **convolution.RULES,
+    **embedding.RULES,
+    **attention.RULES,
+}
+ONE_EXAMPLE_RULES: dict[Any, Rule] = {**RULES, **batching.RULES}
+
+LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, Any]]
+Named = dict[str, Tensor]
+
+
+class Tapped(NamedTuple):
+    """What one run leaves: tensors only, so that `torch.vmap` can stack the runs of examples.
+
+    Attributes:
+        losses: [*rows].
+        aux: what the model returned beside its losses.
+        uses: by parameter, the pairs (left, right) of its recognised uses; the side of the
+            activations has row axes of size one.
+        rows: by parameter, dense rows [*rows, *param.shape] of all its other uses.
+    """
+
+    losses: Tensor
+    aux: Any
+    uses: dict[str, list[tuple[Side, Side]]]
+    rows: Named
+
+
+def tapped(
+    losses_fn: LossesFn, params: Named, *, one_example: bool, chunk_size: int | None = None
+) -> Tapped:
+    """Run ``losses_fn`` on named params under the tap, and pull every loss back.
+
+    Args:
+        losses_fn: ``params -> (losses [*rows], aux)``.
+        params: the parameters by name.
+        one_example: whether this runs for one example of many, under `torch.vmap`.
+        chunk_size: how many losses are pulled back at a time; all at once if None.
+
+    Returns:
+        The losses and the pieces of their Jacobian.
+    """
+    rules = ONE_EXAMPLE_RULES if one_example else RULES
+    run = _traced if torch.compiler.is_compiling() else _eager
+    return run(losses_fn, params, rules, chunk_size)
+
+
+def _eager(
+    losses_fn: LossesFn, params: Named, rules: dict[Any, Rule], chunk_size: int | None
+) -> Tapped:
+    """Ask autograd, inside the transform, for the gradient at the outputs of the uses.
+
+    No probe is added to the model and no shape is needed beforehand.
+    """
+    names = list(params)
+    create_graph = torch.is_grad_enabled()
+
+    def run(values: list[Tensor], shadows: list[Tensor]) -> tuple[Tensor, Tapped]:
+        given = dict(zip(names, values, strict=True))
+        edges = []
+
+        def observe(output: Tensor) -> Tensor:
+            edges.append(get_gradient_edge(output))  # an edge outlives what is written in place
+            return output
+
+        tap = Tap(given, dict(zip(names, shadows, strict=True)), rules, observe)
+        with tap:
+            losses, aux = losses_fn(given)
+        check_depends(losses, params)
+        _check_unwritten(tap.uses)
+        inputs = [*edges, *values]
+
+        def pullback(cotangent: Tensor) -> dict[int, Tensor]:
+            grads = torch.autograd.grad(
+                losses,
+                inputs,
+                cotangent,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            return {k: grad for k, grad in enumerate(grads) if grad is not None}
+
+        pulled = _pull_each(pullback, losses, chunk_size)
+        found = {n: pulled[k] for n, k in zip(names, range(len(edges), len(inputs)), strict=True) if k in pulled}
+        cotangents = {k: pulled[k] for k in range(len(edges)) if k in pulled}
+        return losses, Tapped(losses, aux, _pairs(tap.uses, cotangents, losses.ndim), found)
+
+    values = list(params.values())
+    return torch.func.vjp(run, values, values, has_aux=True)[2]
+
+
+def _traced(
+    losses_fn: LossesFn, params: Named, rules: dict[Any, Rule], chunk_size: int | None
+) -> Tapped:
+    """Differentiate with respect to zero probes added to the outputs of the uses.
+
+    For the compiler: it cannot trace autograd inside a transform, and drops the first run, which
+    is there for the shapes of the probes and to see which parameters have other uses.
+    """
+    shapes: list[Tensor] = []
+
+    def measure(output: Tensor) -> Tensor:
+        shapes.append(output)
+        return output
+
+    survey = Tap(params, params, rules, measure)
+    with survey:
+        losses_fn(params)
+    probes = [output.new_zeros(()).expand(output.shape) for output in shapes]
+    recognised = {use.name for use in survey.uses} - set(survey.other_uses)
+    others = {name: param for name, param in params.items() if name not in recognised}
+
+    def run(probes: list[Tensor], others: Named) -> tuple[Tensor, Any]:
+        given = {name: others.get(name, param) for name, param in params.items()}
+        waiting = iter(probes)
+        tap = Tap(given, params, rules, lambda output: output + next(waiting))
+        with tap:
+            losses, aux = losses_fn(given)
+        return losses, (losses, aux, [use.activations() for use in tap.uses])
+
+    losses, pull, (losses, aux, activations) = torch.func.vjp(run, probes, others, has_aux=True)
+    cotangents, rows = _pull_each(pull, losses, chunk_size)
+    uses = [
+        use._replace(activations=lambda a=a: a)
+        for use, a in zip(survey.uses, activations, strict=True)
+    ]
+    return Tapped(losses, aux, _pairs(uses, dict(enumerate(cotangents)), losses.ndim), rows)
+
+
+def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: int | None) -> Any:
+    """Pull every loss back: results [*rows, ...]."""
+    m = losses.numel()
+    if m == 1:
+        one = pullback(torch.ones_like(losses))
+        return _map(lambda grad: grad.reshape(*losses.shape, *grad.shape), one)
+    units = torch.eye(m, dtype=losses.dtype, device=losses.device)
+    units = units.reshape(m, *losses.shape)
+    each = torch.vmap(pullback, chunk_size=chunk_size)(units)
+    return _map(lambda grads: grads.reshape(*losses.shape, *grads.shape[1:]), each)
+
+
+def _map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(fn, tree)
+
+
+def _pairs(
+    uses: Sequence[Use], cotangents: dict[int, Tensor], row_ndim: int
+) -> dict[str, list[tuple[Side, Side]]]:
+    """Lay activations and cotangents of every use out as its two sides, by parameter."""
+    pairs: dict[str, list[tuple[Side, Side]]] = {}
+    for k, use in enumerate(uses):
+        if k not in cotangents:  # the output of this use does not reach the losses
+            continue
+        layout = use.cotangents
+        for _ in range(row_ndim):
+            layout = torch.vmap(layout)
+        cotangent, activation = layout(cotangents[k]), use.activations()
+        shared = (None,) * row_ndim
+        if isinstance(activation, OneHot):
+            activation = OneHot(activation.indices[shared])
+        else:
+            activation = activation[shared]
+        sides = (activation, cotangent) if use.activations_first else (cotangent, activation)
+        pairs.setdefault(use.name, []).append(sides)
+    return pairs
+
+
+def _check_unwritten(uses: Sequence[Use]) -> None:
+    """Check that no activation was written in place after its use: it would be a wrong number."""
+    for use in uses:
+        tensor, version = use.given
+        if tensor._version != version:
+            raise ValueError(
+                f"expected the input of {use.function} with parameter {use.name!r} to be left as "
+                "it was, but the model wrote to it in place afterwards (autograd refuses this "
+                "too); use the out-of-place operation"
+            )

@@ -1,0 +1,136 @@
+"""The tap: a mode that sees every torch function and takes note where a parameter is used.
+
+A use that a rule recognises is computed with the parameter's *shadow*, an equal tensor that is
+differentiated apart from the parameter. What autograd then still finds between the losses and the
+parameter itself is every use that no rule took, whatever the operation: nothing can be dropped.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jdfunc.factored.leaves import OneHot, Side
+
+
+class Parameter(NamedTuple):
+    """A parameter, or a transposed view of it, found among the arguments of a function."""
+
+    name: str
+    transposed: bool
+
+
+class Use(NamedTuple):
+    """One recognised use of a parameter: output = contraction of the parameter with activations.
+
+    Attributes:
+        name: of the parameter.
+        function: that used it, for the plan.
+        activations: ``() -> side`` [h, s, i] that the parameter was contracted with.
+        cotangents: ``output cotangent -> side`` [h, s, j].
+        activations_first: whether the parameter is laid out as [h, i, j].
+        given: the tensor that the activations are read from, and its version when they were.
+    """
+
+    name: str
+    function: str
+    activations: Callable[[], Side]
+    cotangents: Callable[[Tensor], Tensor]
+    activations_first: bool
+    given: tuple[Tensor, int]
+
+
+Rule = Callable[..., Any]
+
+
+class Tap(TorchFunctionMode):
+    """Run the rules of the functions that a model calls, and keep their uses.
+
+    Args:
+        params: the tensors that the model is given, by name.
+        shadows: tensors equal to them, by name.
+        rules: what to do at a call of a function; the function itself is called at others.
+        observe: called with the output of every use; what it returns goes on into the model.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        shadows: Mapping[str, Tensor],
+        rules: Mapping[Any, Rule],
+        observe: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.names = {id(param): Parameter(name, False) for name, param in params.items()}
+        self.shadows = shadows
+        self.rules = rules
+        self.observe = observe
+        self.uses: list[Use] = []
+        self.other_uses: dict[str, list[str]] = {}
+        self.views: list[Tensor] = []  # transposed views, held so that their ids stay theirs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = self.rules.get(func)
+        if rule is not None:
+            return rule(self, func, *args, **kwargs)
+        self.note(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def find(self, tensor: Any) -> Parameter | None:
+        """Return the parameter that a tensor is, if any."""
+        return self.names.get(id(tensor))
+
+    def note(self, func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take note of parameters that go into a function without a rule."""
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                found = self.find(tensor) if isinstance(tensor, Tensor) else None
+                if found is not None:
+                    functions = self.other_uses.setdefault(found.name, [])
+                    functions.append(getattr(func, "__name__", str(func)))
+
+    def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function that takes no part in a rule."""
+        self.note(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def view(self, found: Parameter, view: Tensor) -> Tensor:
+        """Remember a transposed view of a parameter."""
+        self.names[id(view)] = Parameter(found.name, not found.transposed)
+        self.views.append(view)
+        return view
+
+    def use(
+        self,
+        found: Parameter,
+        func: Any,
+        call: Callable[[Tensor], Tensor],
+        weight: Tensor,
+        given: Tensor,
+        activations: Callable[[], Side],
+        cotangents: Callable[[Tensor], Tensor],
+        *,
+        activations_first: bool,
+    ) -> Tensor:
+        """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
+        shadow = self.shadows[found.name]
+        output = call(shadow.mT if found.transposed else shadow)
+        if not (torch.compiler.is_compiling() or output.requires_grad):
+            # Inside no_grad, or below a transform of the model's own: not ours to differentiate.
+            return self.call(call, weight)
+        self.uses.append(
+            Use(
+                found.name,
+                getattr(func, "__name__", str(func)),
+                activations,
+                cotangents,
+                activations_first,
+                (given, given._version),
+            )
+        )
+        return self.observe(output)
