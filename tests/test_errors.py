@@ -260,9 +260,11 @@ def test_batch_sizes_disagree() -> None:
         run(lambda p, b, x: model_fn(p, b, x[0]), batch=(BATCH, torch.zeros(3)), batch_dim=0)
 
 
-def test_batch_leaf_without_dimensions() -> None:
-    with pytest.raises(ValueError, match="batch"):
-        run(lambda p, b, x: model_fn(p, b, x[0]), batch=(BATCH, torch.tensor(1.0)), batch_dim=0)
+def test_batch_leaf_without_dimensions_is_shared() -> None:
+    fn = lambda p, b, x: model_fn(p, b, x[0]) * x[1]  # noqa: E731
+    batch = (BATCH, torch.tensor(1.5, dtype=torch.float64))
+    info, _ = run(fn, batch=batch, batch_dim=0)
+    oracles.assert_close(info.gramian, oracles.gramian(fn, PARAMS, {}, batch))
 
 
 def test_batch_without_tensors() -> None:
@@ -331,13 +333,12 @@ def test_mismatched_buffers(change: str, linearize: str, batch_dim: Any) -> None
         run(fn, params, BATCH, buffers=buffers, linearize=linearize, batch_dim=batch_dim)
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("change", ["unknown", "shape"])
 def test_mismatched_params(change: str) -> None:
+    """A missing name is no mismatch: the module's own parameter then stays frozen."""
     _, fn, params, buffers = _normalised()
     params = dict(params)
-    if change == "missing":
-        del params["0.weight"]
-    elif change == "unknown":
+    if change == "unknown":
         params["0.nothing"] = torch.zeros(3, dtype=torch.float64)
     else:
         params["0.weight"] = torch.zeros(3, 4, dtype=torch.float64)
@@ -396,7 +397,9 @@ def test_gram_of_different_structures() -> None:
     rows = jd.jacobian(model_fn, PARAMS, BATCH)
     with pytest.raises(ValueError, match=re.compile("structure|keys|same", re.I)):
         jd.gram(rows, {"w": rows["w"]})
-    with pytest.raises(ValueError, match=re.compile("shape", re.I)):
+    with pytest.raises(ValueError, match=re.compile("structure|keys|same", re.I)):
+        jd.gram(rows, {"w": rows["w"], "c": rows["b"]})  # as many leaves, of other names
+    with pytest.raises(ValueError, match=re.compile("shape|elements", re.I)):
         jd.gram(rows, {**rows, "w": rows["w"][:, :, :4]})
 
 

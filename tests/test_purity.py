@@ -332,12 +332,13 @@ def test_compiles_without_a_break_and_without_recompiling(
 PRECISION = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-5}
 
 
-def _at(dtype: torch.dtype, conv: bool) -> Any:
+def _at(dtype: torch.dtype, conv: bool, norm: bool = True) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = nn.Linear(7 if not conv else 30, 3)
         body = nn.Conv1d(1, 6, 3, padding=1) if conv else nn.Linear(5, 7)
-        model = nn.Sequential(body, nn.Tanh(), nn.Flatten(), nn.LayerNorm(head.in_features), head)
+        middle = nn.LayerNorm(head.in_features) if norm else nn.Identity()
+        model = nn.Sequential(body, nn.Tanh(), nn.Flatten(), middle, head)
         x, y = torch.randn(5, *([1] if conv else []), 5), torch.randint(0, 3, (5,))
     params = {k: v.detach().to(dtype) for k, v in model.named_parameters()}
 
@@ -380,8 +381,9 @@ def test_precisions(dtype: torch.dtype, conv: bool, batch_dim: Any, linearize: s
 @pytest.mark.parametrize("linearize", ["structured", "dense"])
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("conv", [False, True], ids=["mlp", "conv"])
-def test_autocast(conv: bool, batch_dim: Any, linearize: str) -> None:
-    model_fn, params, batch, wide, wide_batch = _at(torch.float32, conv)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_autocast(norm: bool, conv: bool, batch_dim: Any, linearize: str) -> None:
+    model_fn, params, batch, wide, wide_batch = _at(torch.float32, conv, norm)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         info, grads = jd.value_and_jd_step(
             model_fn,
