@@ -14,7 +14,7 @@ help:  ## this list
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c .ci/constraints.txt -e ".[test,lint,notebooks,bench]" torch==2.13.0
+	$(PY) -m pip install --quiet -c .ci/constraints.txt -e ".[test,lint,notebooks,bench]"
 	touch $@
 
 install: $(STAMP)  ## virtual environment with pinned tools; repeated only if the pins change

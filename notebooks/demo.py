@@ -92,11 +92,10 @@ def summary(
     norms = gramians.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-30)
     cosines = gramians / norms[:, :, None] / norms[:, None, :]
     slopes = (gramians @ weights[:, :, None])[:, :, 0]  # inner products of g_i and J'w
-    margins = slopes / norms / (weights.abs() * norms).sum(-1, keepdim=True)  # free of scale
     return Run(
         losses=torch.stack([info.losses for info in infos]),
         worst=-lr * slopes.amin(-1),
-        conflicts=margins.amin(-1) < -TOLERANCE,
+        conflicts=jd.weightings.conflict_margin(gramians, weights) < -TOLERANCE,
         opposed=(cosines < 0).float().sum((-2, -1)) / (m * (m - 1)),
         cosines=(cosines[0], cosines[-1]),
         seconds=torch.tensor(seconds),
