@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jdfunc.solvers.lcp import lcp
-from jdfunc.solvers.precision import compute_dtype, effective_ridge, poison
+from jdfunc.solvers.precision import compute_dtype, effective_ridge
 
 __all__ = ["dual_cone"]
 
@@ -54,21 +54,19 @@ def dual_cone(
         return (bounds + _two(gramian, bounds @ gramian, ridge)).to(dtype)
     if m == 0:
         return bounds.to(dtype)
-    root = gramian.detach().diagonal(dim1=-2, dim2=-1).sqrt()
-    scale = (bounds.detach().abs() * root[..., None, :]).amax(-1)
-    return (bounds + lcp(gramian, bounds @ gramian, scale=scale, ridge=ridge)).to(dtype)
+    z = lcp(gramian, bounds @ gramian, bounds=bounds, ridge=ridge)
+    return (bounds + z).to(dtype)
 
 
 def _two(
     gramian: Float[Tensor, "*batch 2 2"], q: Float[Tensor, "*batch k 2"], ridge: float
 ) -> Float[Tensor, "*batch k 2"]:
-    """The complementarity problem of size 2: both variables free if that gives positive values, else at most one."""
+    """The z of size 2: with G₁₂ < 0 the larger of what each variable is alone and with the other, else the smaller."""
     diagonal = (1 + ridge) * gramian.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    cross = gramian[..., None, None, 0, 1]
-    det = diagonal.prod(-1, keepdim=True) - cross * cross
+    cross = gramian[..., None, :1, 1]
+    det = diagonal[..., :1] * diagonal[..., 1:] - cross * cross
+    alone = -q / torch.where(diagonal > 0, diagonal, 1)
     both = (cross * q.flip(-1) - diagonal.flip(-1) * q) / torch.where(det > 0, det, 1)
-    positive = both > 0
-    alone = (-q).relu() / torch.where(diagonal > 0, diagonal, 1)
-    single = torch.where(positive | ~positive.flip(-1), alone, 0)
-    z = torch.where(positive.all(-1, keepdim=True) & (det > 0), both, single)
-    return z + poison(gramian)[..., None, None]
+    both = torch.where(det <= 0, alone, both)
+    z = torch.where(cross < 0, torch.maximum(alone, both), torch.minimum(alone, both)).relu()
+    return z + 0 * det  # NaN where G is not finite

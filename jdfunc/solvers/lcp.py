@@ -12,18 +12,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jdfunc.solvers.pivoting import MASKED_SIZE, descend, pivot, solve_masked
+from jdfunc.solvers.scalar import pivot_floats
 from jdfunc.solvers.splitting import douglas_rachford
 
 __all__ = ["lcp"]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of signs, where the bounds have size 1
+PIVOT_ROUNDS = 20  # after which a row goes to the descent that cannot cycle
+FLOATS_SIZE = 128  # k m² up to which Python floats beat tensor operators
+SPLITTING_ROWS = 8  # for fewer right-hand sides, factorising afresh costs less than splitting
 
 
 def lcp(
     matrix: Float[Tensor, "*batch m m"],
     q: Float[Tensor, "*batch k m"],
     *,
-    scale: Float[Tensor, "*batch k"] | None = None,
+    bounds: Float[Tensor, "*batch k m"] | None = None,
     ridge: float = 1e-10,
 ) -> Float[Tensor, "*batch k m"]:
     """Solution z of z ≥ 0, y = A_r z + q ≥ 0, zᵀy = 0, for k right-hand sides that share one matrix.
@@ -38,8 +42,8 @@ def lcp(
         matrix: A, shape [*batch, m, m], symmetric PSD, float64 (float32 where a device has no
             other).
         q: shape [*batch, k, m], units of A times those of z.
-        scale: size of z · diag(A)^½ against which signs are judged, shape [*batch, k]. Default: the
-            largest |qᵢ| / A_ii^½.
+        bounds: u, shape [*batch, k, m], where q = A u is known: signs are then judged against the size
+            of D u, which is safer than that of D⁻¹ q if the latter is mere rounding.
         ridge: added to the unit diagonal of S; dimensionless. Multiplied by 10 until S + ridge · I
             is positive definite.
 
@@ -60,9 +64,7 @@ def lcp(
         >>> lcp(torch.eye(2, dtype=torch.float64), torch.tensor([[-1.0, 2.0]], dtype=torch.float64), ridge=0.0)
         tensor([[1., 0.]], dtype=torch.float64)
     """
-    if scale is None:
-        scale = (q.detach() / _root_diagonal(matrix.detach())[..., None, :]).abs().amax(-1)
-    return _LCP.apply(matrix, q, scale, ridge)[0]
+    return _LCP.apply(matrix, q, bounds, ridge)[0]
 
 
 class _LCP(torch.autograd.Function):
@@ -71,8 +73,10 @@ class _LCP(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
-        return torch.ops.jdfunc.lcp(matrix, q, scale, ridge)
+    def forward(
+        matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.jdfunc.lcp(matrix, q, bounds, ridge)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -115,51 +119,72 @@ def _normalise(matrix: Tensor, root: Tensor, ridge: Tensor | float) -> Float[Ten
     return torch.where(eye, diagonal, matrix / root[..., :, None] / root[..., None, :])
 
 
-def _search(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
+def _search(
+    matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
+) -> tuple[Tensor, ...]:
     """The eager operator: solution, free set and the ridge used, for any leading dimensions."""
     batch, (k, m) = matrix.shape[:-2], q.shape[-2:]
-    flat, q, scale = matrix.reshape(-1, m, m), q.reshape(-1, k, m), scale.reshape(-1, k, 1)
-    root = _root_diagonal(flat)
-    broken = ~(flat.isfinite().all(-1).all(-1) & q.isfinite().all(-1).all(-1))
+    if not batch and k * m * m <= FLOATS_SIZE and matrix.device.type == "cpu":
+        found = _search_floats(matrix, q, bounds, ridge)
+        if found is not None:
+            return found
+    flat, q = matrix.reshape(-1, m, m), q.reshape(-1, k, m)
+    root = _root_diagonal(flat)[:, None, :]
+    broken = ((flat.sum((-2, -1)) + q.sum((-2, -1))) * 0).isnan()[:, None, None]
     if broken.any():
-        flat = torch.where(broken[:, None, None], torch.eye(m).to(flat), flat)
-        root, q = torch.where(broken[:, None], 1, root), torch.where(broken[:, None, None], 0, q)
-    normal, ridges = _definite(flat, root, ridge)
-    scale = torch.where(scale > 0, scale, 1)
-    q = q / root[:, None, :] / scale
-    tol = TOLERANCE[q.dtype]
+        flat = torch.where(broken, torch.eye(m).to(flat), flat)
+        root, q = torch.where(broken, 1, root), torch.where(broken, 0, q)
+    normal, ridges = _definite(flat, root[:, 0], ridge)
+    size = q / root if bounds is None else bounds.reshape(q.shape) * root
+    size = size.abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, 1)
+    q = q / (root * size)
     if m <= MASKED_SIZE:
         shared = normal if len(normal) == 1 else normal.repeat_interleave(k, 0)
-        z = _solve_rows(shared, q.reshape(-1, m), tol)
+        z = _solve_rows(shared, q.reshape(-1, m))
     else:
-        z = torch.cat([_solve_rows(normal[i : i + 1], q[i], tol) for i in range(len(q))] or [q])
+        z = torch.cat([_solve_rows(normal[i : i + 1], q[i]) for i in range(len(q))] or [q])
     z = z.reshape(q.shape)
-    free = z > 0
-    z = torch.where(broken[:, None, None], torch.nan, z * scale / root[:, None, :])
-    return z.reshape(*batch, k, m), free.reshape(*batch, k, m), ridges.reshape(batch)
+    free = (z > 0).reshape(*batch, k, m)
+    z = torch.where(broken, torch.nan, z * (size / root))
+    return z.reshape(*batch, k, m), free, ridges.reshape(batch)
 
 
-def _solve_rows(matrix: Tensor, q: Tensor, tol: float) -> Float[Tensor, "rows m"]:
+def _search_floats(
+    matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
+) -> tuple[Tensor, ...] | None:
+    """`_search` for one tiny problem, or None where that has to decide."""
+    z = pivot_floats(
+        matrix.tolist(),
+        q.tolist(),
+        None if bounds is None else bounds.tolist(),
+        ridge=ridge,
+        tol=TOLERANCE[q.dtype],
+        rounds=PIVOT_ROUNDS,
+    )
+    if z is None:
+        return None
+    solution = torch.tensor(z, dtype=q.dtype)
+    return solution, solution > 0, torch.tensor(ridge, dtype=q.dtype)
+
+
+def _solve_rows(matrix: Tensor, q: Tensor) -> Float[Tensor, "rows m"]:
     """z ≥ 0 for each row of q; `matrix` has a unit diagonal and is one for all rows, or one per row."""
+    tol = TOLERANCE[q.dtype]
     free = q < -tol
-    rows = free.any(-1).nonzero()[:, 0]
-    z = torch.zeros_like(q)
-    if len(rows) == 0:
-        return z
-    if len(rows) < len(q):
-        matrix = matrix if len(matrix) == 1 else matrix[rows]
-        free = free[rows]
-        q = q[rows]
-    if q.shape[-1] > MASKED_SIZE:
+    start = torch.zeros_like(q)
+    if not free.any():
+        return start
+    if q.shape[-1] > MASKED_SIZE and len(q) >= SPLITTING_ROWS:
         guess = douglas_rachford(matrix[0].float(), q.float(), tol=3e-4, max_iters=300)
-        free = guess > 0
-    x, unfinished = pivot(matrix, q, free, tol=tol, rounds=20)
+        free = (guess > 0) & free.any(-1, keepdim=True)
+        start = torch.where(free, guess.to(q.dtype), 0)
+    z, unfinished = pivot(matrix, q, free, tol=tol, rounds=PIVOT_ROUNDS)
     left = unfinished.nonzero()[:, 0]
     if len(left):
-        own = matrix if len(matrix) == 1 else matrix[left]
-        x[left] = descend(own, q[left], torch.zeros_like(q[left]), tol=tol, rounds=20 * q.shape[-1])
-    z[rows] = x.clamp(min=0)
-    return z
+        own, q = matrix if len(matrix) == 1 else matrix[left], q[left]
+        z[left] = descend(own, q, start[left], tol=tol, rounds=20 * q.shape[-1])
+    return z.clamp(min=0)
 
 
 def _definite(matrix: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -176,26 +201,33 @@ def _definite(matrix: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tenso
     return normal, ridges
 
 
-def _search_fake(matrix: Tensor, q: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, ...]:
+def _search_fake(
+    matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
+) -> tuple[Tensor, ...]:
     ridges = matrix.new_empty(matrix.shape[:-2])
     return torch.empty_like(q), torch.empty_like(q, dtype=torch.bool), ridges
 
 
 def _search_vmap(
-    info: Any, in_dims: tuple, matrix: Tensor, q: Tensor, scale: Tensor, ridge: float
+    info: Any, in_dims: tuple, matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The mapped dimension becomes one more leading batch dimension."""
-    tensors = (
-        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((matrix, q, scale), in_dims[:3], strict=True)
-    )
+
+    def leading(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if dim is None:
+            return tensor.expand(info.batch_size, *tensor.shape)
+        return tensor.movedim(dim, 0)
+
+    tensors = map(leading, (matrix, q, bounds), in_dims)
     return torch.ops.jdfunc.lcp(*tensors, ridge), (0, 0, 0)
 
 
 # A plain library operator costs a third of the call overhead of `torch.library.custom_op`.
 _LIBRARY = torch.library.Library("jdfunc", "FRAGMENT")
 _LIBRARY.define(
-    "lcp(Tensor matrix, Tensor q, Tensor scale, float ridge) -> (Tensor, Tensor, Tensor)"
+    "lcp(Tensor matrix, Tensor q, Tensor? bounds, float ridge) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("lcp", _search, "CompositeExplicitAutograd")
 torch.library.register_fake("jdfunc::lcp", _search_fake, lib=_LIBRARY)

@@ -18,6 +18,7 @@ Shared = Float[Tensor, "1|rows m m"]
 
 MASKED_SIZE = 28  # up to this m, padding every F to m costs less than gathering F
 MOSTLY_FREE = 0.7  # beyond this share of m, S_FF⁻¹ comes cheaper from S⁻¹ and the few bound indices
+FULL_ROUNDS = 5  # of small problems, where dropping finished rows costs more than repeating them
 CHUNK_ELEMENTS = 1 << 22  # bounds the memory of one batch of factorisations
 
 
@@ -28,19 +29,23 @@ def pivot(
 
     The second output marks the rows that did not finish within `rounds`.
     """
-    solution = torch.zeros_like(q)
-    rows = torch.arange(len(q), device=q.device)
+    done = torch.zeros(len(q), dtype=torch.bool, device=q.device)
+    full_rounds = FULL_ROUNDS if q.shape[-1] <= MASKED_SIZE else 0
+    for _ in range(full_rounds):
+        z, _, wrong = _check(matrix, q, free, tol)
+        if not wrong.any():
+            return z, done
+        free = free ^ wrong
+    solution, rows = torch.zeros_like(q), torch.arange(len(q), device=q.device)
     fewest = torch.full_like(rows, q.shape[-1] + 1)
     patience = torch.full_like(rows, 3)
-    for _ in range(rounds):
-        z = solve_free(matrix, q, free)
-        slack = torch.where(free, z, multiply(matrix, z) + q)
-        wrong = slack < -tol * z.abs().amax(-1, keepdim=True).clamp(min=1)
+    for _ in range(rounds - full_rounds):
+        z, slack, wrong = _check(matrix, q, free, tol)
+        solution[rows] = z
         count = wrong.sum(-1)
         going = count.nonzero()[:, 0]
-        solution[rows] = z
         if len(going) == 0:
-            return solution, torch.zeros(len(q), dtype=torch.bool, device=q.device)
+            return solution, done
         if len(going) < len(rows):
             matrix = matrix if len(matrix) == 1 else matrix[going]
             state = (rows, q, free, fewest, patience, wrong, count, slack)
@@ -49,8 +54,16 @@ def pivot(
         fewest = torch.minimum(fewest, count)
         worst = torch.zeros_like(free).scatter_(1, slack.argmin(-1, keepdim=True), True)
         free = free ^ torch.where((patience >= 0)[:, None], wrong, worst)
-    unfinished = torch.zeros(len(solution), dtype=torch.bool, device=q.device)
-    return solution, unfinished.index_fill(0, rows, True)
+    return solution, done.index_fill(0, rows, True)
+
+
+def _check(
+    matrix: Shared, q: Rows, free: Sets, tol: float
+) -> tuple[Rows, Rows, Bool[Tensor, "rows m"]]:
+    """z of the free set, what has to be non-negative (z on F, y elsewhere), and where it is not."""
+    z = solve_free(matrix, q, free)
+    slack = torch.where(free, z, multiply(matrix, z) + q)
+    return z, slack, slack < -tol * z.amax(-1, keepdim=True).clamp(min=1)
 
 
 def descend(matrix: Shared, q: Rows, start: Rows, *, tol: float, rounds: int) -> Rows:

@@ -135,7 +135,7 @@ def frank_wolfe(
     running = torch.ones_like(a[..., :1], dtype=torch.bool)
     for _ in range(max_iters if m else 0):
         image = (gramian @ a[..., None])[..., 0]
-        vertex = torch.nn.functional.one_hot(image.argmin(-1), m).to(a)
+        vertex = torch.zeros_like(a).scatter(-1, image.argmin(-1, keepdim=True), 1.0)
         x = (image * vertex).sum(-1, keepdim=True)
         b = (image * a).sum(-1, keepdim=True)
         c = (gramian.diagonal(dim1=-2, dim2=-1) * vertex).sum(-1, keepdim=True)

@@ -1,5 +1,7 @@
 """Douglas–Rachford splitting: a cheap guess of which variables of many complementarity problems are free."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 __all__ = ["douglas_rachford"]
 
 RELAXATION = 1.95
-SMALLEST_SPREAD = 1e-6  # eigenvalues below this share of the largest do not slow the iteration down
+FLOOR = 1e-5  # share of the largest eigenvalue below which others need not be told apart
 PERIOD = 10  # iterations between two looks at the increment
 
 
@@ -20,9 +22,11 @@ def douglas_rachford(
     matrix product per step for all rows. ρ = √(λ_min λ_max) balances the slowest modes at both ends
     of the spectrum.
     """
-    smallest, largest = _spectrum(matrix)
-    rho = (torch.maximum(smallest, SMALLEST_SPREAD * largest) * largest).sqrt()
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    largest = _top_eigenvalue(lambda x: matrix @ x, eye)
+    factor, _ = torch.linalg.cholesky_ex(matrix + FLOOR * largest * eye)
+    smallest = 1 / _top_eigenvalue(lambda x: torch.cholesky_solve(x, factor), eye)
+    rho = (smallest * largest).sqrt()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix + rho * eye).L)
     shift, inverse = -q @ inverse, rho * inverse
     x = shift.clone()
@@ -34,14 +38,10 @@ def douglas_rachford(
     return x
 
 
-def _spectrum(matrix: Float[Tensor, "m m"]) -> tuple[Tensor, Tensor]:
-    """The ends of the spectrum, by a dozen power and inverse power steps."""
-    factor, _ = torch.linalg.cholesky_ex(matrix)
-    m = matrix.shape[-1]
-    up = down = torch.linspace(1, 2, m, dtype=matrix.dtype, device=matrix.device)[:, None].cos()
+def _top_eigenvalue(apply: Callable[[Tensor], Tensor], eye: Tensor) -> Float[Tensor, ""]:
+    """Largest eigenvalue of a symmetric operator, by a dozen power steps."""
+    x = eye[:, :1] + eye.sum(1, keepdim=True)
     for _ in range(12):
-        up = matrix @ up
-        up = up / up.norm()
-        down = torch.cholesky_solve(down, factor)
-        down = down / down.norm()
-    return (down * (matrix @ down)).sum(), (up * (matrix @ up)).sum()
+        image = apply(x)
+        x, size = image / image.norm(), image.norm()
+    return size
