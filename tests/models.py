@@ -943,6 +943,242 @@ def _sharing_cases() -> list[Case]:
     ]
 
 
+# --- ways to write the same thing, and ways around it -----------------------------------------
+
+
+def _spelling_cases() -> list[Case]:
+    def w(*shape: int) -> Callable[[], dict[str, Tensor]]:
+        return lambda: {"w": randn(*shape)}
+
+    def wb() -> dict[str, Tensor]:
+        return {"w": randn(7, 5), "b": randn(7)}
+
+    def physics(p: Any, x: Tensor) -> Tensor:
+        """Losses that hold the derivative of the model with respect to its input."""
+
+        def u(x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["v"]).sum()
+
+        slope = torch.func.vmap(torch.func.grad(u))(x)
+        return (slope - x).square().sum(1)
+
+    def no_grad_target(p: Any, x: Tensor) -> Tensor:
+        prediction = F.linear(x, p["w"], p["b"]).tanh()
+        with torch.no_grad():
+            target = F.linear(2 * x, p["w"], p["b"]).sin()
+        return (prediction - target).square().sum(1) + prediction.sum(1)
+
+    def spellings(p: Any, x: Tensor) -> Tensor:
+        w = p["w"]  # [5, 5]
+        z = [
+            F.linear(input=x, weight=w),
+            F.linear(x, bias=p["b"], weight=w),
+            x.matmul(w),
+            torch.matmul(input=x, other=w),
+            torch.matmul(w, x.mT).mT,
+            x.mm(w),
+            torch.mm(input=x, mat2=w),
+            w.mm(x.mT).mT,
+            x.__matmul__(w),
+            w.__rmatmul__(x),
+            torch.einsum("bi,ij->bj", [x, w]),
+            torch.einsum("ij,bj", w, x),
+            torch.einsum(x, [0, 1], w, [2, 1]),
+            torch.tensordot(x, w, dims=1),
+            torch.tensordot(x, w, ([1], [1])),
+            torch.inner(x, w),
+            torch.addmm(input=p["b"], mat1=x, mat2=w),
+            p["b"].addmm(x, w),
+            torch.linalg.multi_dot([x, w, w]),
+            torch.stack([w.mv(row) for row in x]),
+            torch.stack([torch.mv(w, row) for row in x]),
+            torch.stack([w @ row for row in x]),
+            torch.stack([row @ w for row in x]),
+            torch.stack([F.linear(row, w, p["b"]) for row in x]),
+            torch.stack([torch.addmv(p["b"], w, row) for row in x]),
+            torch.bmm(x[:, None], w.expand(x.shape[0], 5, 5))[:, 0],
+            torch.baddbmm(p["b"], x[:, None], w.repeat(x.shape[0], 1, 1))[:, 0],
+            F.conv1d(x[..., None], w[..., None])[..., 0],
+            F.linear(x, w.T),
+            F.linear(x, w.t()),
+            F.linear(x, w.mT.mT),
+            F.linear(x, w.transpose(0, 1)),
+            F.linear(x, w.permute(1, 0)),
+            F.linear(x, w.swapaxes(-1, -2)),
+            F.linear(x, w[:, :]),
+            F.linear(x, w.contiguous()),
+            F.linear(x, w.clone()),
+            F.linear(x, w.view(25).view(5, 5)),
+            F.linear(x, 0.5 * w),
+            F.linear(x, w.detach()),
+            (x @ w).detach(),
+        ]  # fmt: skip
+        return sum(readout(out * (0.3 + 0.1 * k)) for k, out in enumerate(z))
+
+    def inplace_slice(p: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, p["w"], p["b"])
+        y[:, 0] *= 2
+        y[:, 1:3].tanh_()
+        left, right = y.view(y.shape[0], -1)[:, :3], y[:, 3:]
+        return readout(left) + readout(right.sin())
+
+    def unbatched_convolutions(p: Any, x: Tensor) -> Tensor:
+        outs = [F.conv2d(image, p["k"], p["b"], padding=1).tanh() for image in x]
+        outs = [F.conv_transpose2d(out, p["k"], stride=2) for out in outs]
+        return readout(torch.stack(outs))
+
+    def unbatched_attention(self: Any, x: Tensor) -> Tensor:
+        return torch.stack([self.attention(row, row, row, need_weights=False)[0] for row in x])
+
+    def batch_with_flags(p: Any, batch: Any) -> Tensor:
+        x = F.linear(batch["x"], p["w"], p["b"])
+        return readout(x.tanh() if batch["squash"] else x) * batch["scale"]
+
+    return [
+        raw_case(
+            "spellings", lambda: {"w": 0.3 * randn(5, 5), "b": randn(5)}, images(5), spellings
+        ),
+        raw_case(
+            "parameter_as_input", w(3, 5), images(5), lambda p, x: readout(F.linear(p["w"], x).T)
+        ),
+        raw_case(
+            "parameter_times_parameter",
+            lambda: {"a": randn(5, 2), "b": randn(2, 7), "w": randn(7, 5)},
+            images(5),
+            lambda p, x: readout(F.linear(x, p["w"]) + x @ (p["a"] @ p["b"])),
+        ),
+        raw_case(
+            "parameter_times_itself",
+            w(5, 5),
+            images(5),
+            lambda p, x: readout(x @ (p["w"] @ p["w"].T) + x @ F.linear(p["w"], p["w"])),
+        ),
+        raw_case(
+            "bias_from_weight",
+            w(5, 5),
+            images(5),
+            lambda p, x: (
+                readout(F.linear(x, p["w"], p["w"][0])) + readout(x @ p["w"] + p["w"][:, 1])
+            ),
+        ),
+        raw_case(
+            "functional_linear_of_low_rank",
+            lambda: {"w": randn(7, 5), "a": randn(2, 5), "b": randn(7, 2), "scale": randn(1)},
+            images(2, 5),
+            lambda p, x: readout(
+                F.linear(x, p["w"]) + p["scale"] * F.linear(F.linear(x, p["a"]), p["b"])
+            ),
+        ),
+        raw_case(
+            "noncontiguous_params",
+            lambda: {
+                "w": randn(5, 7).T,
+                "k": randn(3, 3, 2, 1).permute(3, 2, 0, 1),
+                "b": randn(4)[::2],
+            },
+            images(2, 5),
+            lambda p, x: (
+                readout(F.linear(x, p["w"]))
+                + readout(F.conv2d(x[:, :, None, :].expand(-1, -1, 3, -1), p["k"]) * p["b"].sum())
+            ),
+        ),
+        raw_case(
+            "params_of_one_storage",
+            lambda: (lambda flat: {"w": flat[:35].view(7, 5), "b": flat[35:]})(randn(42)),
+            images(5),
+            lambda p, x: readout(F.linear(x, p["w"], p["b"])),
+        ),
+        raw_case("no_grad_target", wb, images(5), no_grad_target),
+        raw_case(
+            "dead_branch",
+            wb,
+            images(5),
+            lambda p, x: (F.linear(x, p["w"]).sum(), readout(F.linear(x, p["w"], p["b"])))[1],
+        ),
+        raw_case("inplace_slice", wb, images(5), inplace_slice),
+        raw_case(
+            "derivative_in_the_loss",
+            lambda: {"w": randn(7, 5), "b": randn(7), "v": randn(1, 7)},
+            images(5),
+            physics,
+        ),
+        raw_case(
+            "vmap_in_the_model",
+            wb,
+            images(5),
+            lambda p, x: readout(
+                torch.func.vmap(lambda row: F.linear(row, p["w"], p["b"]).tanh())(x)
+            ),
+        ),
+        raw_case(
+            "vmap_over_experts",
+            lambda: {"w": randn(2, 7, 5), "b": randn(2, 7)},
+            images(5),
+            lambda p, x: readout(
+                torch.func.vmap(F.linear, in_dims=(None, 0, 0), out_dims=1)(x, p["w"], p["b"])
+            ),
+        ),
+        raw_case(
+            "unbatched_convolutions",
+            lambda: {"k": 0.5 * randn(2, 2, 3, 3), "b": randn(2)},
+            images(2, 3, 4),
+            unbatched_convolutions,
+        ),
+        module_case(
+            "unbatched_attention",
+            lambda: Fn(unbatched_attention, attention=nn.MultiheadAttention(6, 2)),
+            images(4, 6),
+        ),
+        module_case(
+            "channels_last",
+            lambda: seq(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2)).to(
+                memory_format=torch.channels_last
+            ),
+            lambda n: randn(n, 2, 5, 4).contiguous(memory_format=torch.channels_last),
+        ),
+        module_case(
+            "embedding_scaled_by_frequency",
+            lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
+            lambda n: torch.randint(0, 3, (n, 4)),
+            batch_dims=TOGETHER,
+        ),
+        module_case(
+            "embedding_sparse",
+            lambda: nn.Embedding(5, 3, sparse=True),
+            lambda n: torch.arange(2 * n).view(n, 2) % 5,
+        ),
+        module_case(
+            "learned_queries",
+            lambda: Fn(
+                lambda self, x: self.attention(
+                    self.queries.expand(x.shape[0], -1, -1), x, x, need_weights=False
+                )[0],
+                queries=torch.randn(1, 3, 6),
+                attention=nn.MultiheadAttention(6, 2, batch_first=True),
+            ),
+            images(4, 6),
+        ),
+        module_case(
+            "attention_of_parameters",
+            lambda: Fn(
+                lambda self, x: F.scaled_dot_product_attention(
+                    x, self.k.expand(x.shape[0], -1, -1), self.v.expand(x.shape[0], -1, -1)
+                ),
+                k=torch.randn(1, 5, 6),
+                v=torch.randn(1, 5, 3),
+            ),
+            images(4, 6),
+        ),
+        raw_case(
+            "batch_with_flags",
+            wb,
+            lambda n: {"x": randn(n, 5), "squash": True, "scale": 0.5},
+            batch_with_flags,
+            batch_dims=({"x": 0, "squash": None, "scale": None}, None),
+        ),
+    ]
+
+
 # --- shapes of losses -------------------------------------------------------------------------
 
 
@@ -1113,10 +1349,10 @@ def _hf_cases() -> list[Case]:
     return cases
 
 
-# --- activation checkpointing: differentiable by plain autograd, so it has to work ------------
+# --- differentiable by plain autograd but refused by torch.func: saved tensor hooks, autograd.grad
 
 
-def _checkpoint_cases() -> list[Case]:
+def _autograd_only_cases() -> list[Case]:
     def make(use_reentrant: bool) -> Callable[[], nn.Module]:
         def forward(self: Any, x: Tensor) -> Tensor:
             x = self.stem(x)
@@ -1132,8 +1368,21 @@ def _checkpoint_cases() -> list[Case]:
             ),
         )
 
+    def physics_by_autograd(p: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            u = F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["v"]).sum()
+            (slope,) = torch.autograd.grad(u, x, create_graph=True)
+        return (slope - x).square().sum(1)
+
     return [
         module_case("checkpoint", make(False), images(5)),
+        raw_case(
+            "derivative_in_the_loss_by_autograd",
+            lambda: {"w": randn(7, 5), "b": randn(7), "v": randn(1, 7)},
+            images(5),
+            physics_by_autograd,
+        ),
         module_case("checkpoint_sequence", make(False), images(3, 5)),
         module_case(
             "checkpoint_sequential",
@@ -1146,7 +1395,7 @@ def _checkpoint_cases() -> list[Case]:
     ]
 
 
-CHECKPOINTED = _checkpoint_cases()
+AUTOGRAD_ONLY = _autograd_only_cases()
 ZOO = [
     *_linear_cases(),
     *_conv_cases(),
@@ -1154,8 +1403,9 @@ ZOO = [
     *_norm_cases(),
     *_attention_cases(),
     *_sharing_cases(),
+    *_spelling_cases(),
     *_loss_shape_cases(),
     *_hf_cases(),
 ]
-BY_NAME = {case.name: case for case in [*ZOO, *CHECKPOINTED]}
-assert len(BY_NAME) == len(ZOO) + len(CHECKPOINTED), "two cases of one name"
+BY_NAME = {case.name: case for case in [*ZOO, *AUTOGRAD_ONLY]}
+assert len(BY_NAME) == len(ZOO) + len(AUTOGRAD_ONLY), "two cases of one name"

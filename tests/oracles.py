@@ -34,6 +34,8 @@ def jacobian_rows(model_fn: ModelFn, params: Any, buffers: Any, batch: Any) -> A
         else:
             grads = (None,) * len(leaves)
         for row, leaf, grad in zip(rows, leaves, grads, strict=True):
+            if grad is not None and grad.is_sparse:
+                grad = grad.to_dense()
             row.append(torch.zeros_like(leaf) if grad is None else grad.detach())
     stacked = [
         torch.stack(row).reshape(*losses.shape, *leaf.shape)

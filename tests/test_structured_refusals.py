@@ -203,10 +203,34 @@ def _columns(n: int) -> Tensor:
     return randn(5, n + 2)  # [features, examples]
 
 
-@pytest.mark.parametrize("batch_dim", [0, 2, -3])
+@pytest.mark.parametrize("batch_dim", [2, -3])
 def test_the_wrong_axis_is_refused(batch_dim: int) -> None:
     model_fn, params, buffers, batch = _coupled(lambda apply, x: readout(apply(x.T)), data=_columns)
     with pytest.raises(ValueError, match="batch_dim|example"):
+        jd.gramian(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("overwrite", ["input", "view", "base"])
+def test_an_activation_overwritten_after_its_use_is_refused(
+    overwrite: str, batch_dim: int | None
+) -> None:
+    """Plain autograd refuses it too; recorded activations would silently be the new values."""
+
+    def losses(apply: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        inner = x[:, :5] if overwrite == "base" else x
+        out = apply(inner)
+        if overwrite == "view":
+            x[:, 1:3].mul_(2)
+        else:
+            x.mul_(2)
+        return readout(out)
+
+    model_fn, params, buffers, batch = _coupled(losses, lambda: nn.Linear(5, 3))
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        oracles.jacobian_rows(model_fn, params, buffers, batch)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)in.?place"):
         jd.gramian(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
 
 
