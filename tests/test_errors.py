@@ -159,6 +159,46 @@ def test_has_aux(linearize: str, batch_dim: Any) -> None:
 
 
 @both
+def test_aux_that_is_not_a_tensor(linearize: str, batch_dim: Any) -> None:
+    """It comes back as it is, or is refused by name."""
+
+    def fn(p: Any, b: Any, x: Tensor) -> Any:
+        return model_fn(p, b, x), {"name": "linear", "width": 3, "nothing": None}
+
+    try:
+        info, _ = run(fn, has_aux=True, linearize=linearize, batch_dim=batch_dim)
+    except TypeError as error:
+        assert "aux" in str(error)  # noqa: PT017
+    else:
+        assert info.aux == {"name": "linear", "width": 3, "nothing": None}
+
+
+@both
+def test_nothing_of_a_step_on_module_parameters_has_a_graph(linearize: str, batch_dim: Any) -> None:
+    params = {k: nn.Parameter(v.clone()) for k, v in PARAMS.items()}
+
+    def fn(p: Any, b: Any, x: Tensor) -> Any:
+        losses = model_fn(p, b, x)
+        return losses, losses
+
+    info, grads = run(fn, params, has_aux=True, linearize=linearize, batch_dim=batch_dim)
+    assert not any(g.requires_grad for g in grads.values())
+    attached = {
+        name: getattr(info, name).requires_grad for name in ("losses", "aux", "gramian", "weights")
+    }
+    assert not any(attached.values()), attached
+
+
+@both
+def test_parameter_without_elements(linearize: str, batch_dim: Any) -> None:
+    params = {**PARAMS, "none": torch.zeros(0, 5, dtype=torch.float64)}
+    fn = lambda p, b, x: model_fn(p, b, x) + F.linear(x, p["none"]).sum(1)  # noqa: E731
+    info, grads = run(fn, params, linearize=linearize, batch_dim=batch_dim)
+    assert grads["none"].shape == (0, 5)
+    oracles.assert_close(info.gramian, oracles.gramian(model_fn, PARAMS, {}, BATCH))
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
 def test_losses_of_the_wrong_dtype(dtype: torch.dtype, linearize: str, batch_dim: Any) -> None:
     with pytest.raises(ValueError, match=r"(?s)losses.*" + str(dtype).removeprefix("torch.")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import oracles
@@ -232,6 +233,36 @@ def test_an_activation_overwritten_after_its_use_is_refused(
         oracles.jacobian_rows(model_fn, params, buffers, batch)
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)in.?place"):
         jd.gramian(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_an_overwritten_activation_is_refused_or_right_when_compiled(
+    batch_dim: int | None,
+) -> None:
+    def losses(apply: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        out = apply(x)
+        x.mul_(2)
+        return readout(out)
+
+    model_fn, params, buffers, batch = _coupled(losses, lambda: nn.Linear(5, 3))
+
+    def wanted_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        return readout(F.linear(x, params["weight"], params["bias"]))
+
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda p, x: jd.gramian(model_fn, p, x, buffers=buffers, batch_dim=batch_dim),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    try:
+        got = compiled(params, batch)
+    except (ValueError, RuntimeError) as error:
+        assert re.search("(?i)in.?place", str(error))  # noqa: PT017
+    else:
+        oracles.assert_close(got, oracles.gramian(wanted_fn, params, {}, batch))
 
 
 @pytest.mark.parametrize("batch_dim", ["0", 0.0, True, [0]])

@@ -369,7 +369,7 @@ def test_ensemble(name: str, batch_dim: Any) -> None:
 
 
 COMPILED = named(
-    "mlp", "cnn", "embedding_padding", "layer_norm", "gpt_tied", "encoder_layer_eval",
+    "no_grad_target", "inplace_relu", "tied_mixed_roles", "recognised_and_free", "mlp", "cnn", "embedding_padding", "layer_norm", "gpt_tied", "encoder_layer_eval",
     "losses_per_example_and_task", "losses_per_task",
 )  # fmt: skip
 

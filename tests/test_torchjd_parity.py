@@ -213,6 +213,25 @@ def test_mgda_is_where_frank_wolfe_is_going(setup: str, seed: int) -> None:
     assert abs(total - float(ours_norm)) <= 1e-10 * max(total, 1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("setup", SETUPS)
+def test_mgda_by_frank_wolfe(setup: str, seed: int) -> None:
+    """The published, truncated algorithm, step for step."""
+    from jdfunc.solvers import frank_wolfe
+
+    model, model_fn, params, buffers, batch = _problem(
+        SETUPS[setup], task_losses, torch.float64, seed
+    )
+    solver = partial(frank_wolfe, epsilon=1e-3, max_iters=100)
+    ours = jd.jd_step(
+        model_fn, params, batch, buffers=buffers, weighting=partial(jd.mgda, solver=solver)
+    )
+    wanted = by_autojac(
+        model, task_losses(model(batch[0]), batch[1]), aggregation.MGDA(epsilon=1e-3, max_iters=100)
+    )
+    oracles.assert_close(ours, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_five_steps_of_training(dtype: torch.dtype) -> None:
     """Through an optimiser: trajectories stay together, BatchNorm statistics included."""
