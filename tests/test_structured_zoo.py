@@ -369,8 +369,9 @@ def test_ensemble(name: str, batch_dim: Any) -> None:
 
 
 COMPILED = named(
-    "no_grad_target", "inplace_relu", "tied_mixed_roles", "recognised_and_free", "mlp", "cnn", "embedding_padding", "layer_norm", "gpt_tied", "encoder_layer_eval",
-    "losses_per_example_and_task", "losses_per_task",
+    "mlp", "cnn", "embedding_padding", "layer_norm", "gpt_tied", "encoder_layer_eval",
+    "losses_per_example_and_task", "losses_per_task", "no_grad_target", "inplace_relu",
+    "tied_mixed_roles", "recognised_and_free",
 )  # fmt: skip
 
 
