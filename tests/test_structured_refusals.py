@@ -9,15 +9,20 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from models import BY_NAME, ZOO, Fn, images, module_case, randn, readout
+from models import BY_NAME, ZOO, Fn, module_case, randn, readout
 from torch import Tensor, nn
 
 import jdfunc as jd
 
 
+def _marked(n: int) -> Tensor:
+    """Five features, of which the first is the number of the example."""
+    return torch.cat([torch.arange(n)[:, None].double(), randn(n, 4)], 1)
+
+
 def _coupled(losses: Any, make: Any = None, data: Any = None, **kwargs: Any) -> Any:
     make = make or (lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)))
-    return module_case("coupled", make, data or images(5), losses, size=5, **kwargs).build()
+    return module_case("coupled", make, data or _marked, losses, size=5, **kwargs).build()
 
 
 def per_example(apply: Any, x: Tensor) -> Tensor:
@@ -55,8 +60,21 @@ def folded_wrongly(apply: Any, x: Tensor) -> Tensor:
 
 
 def one_pair(apply: Any, x: Tensor) -> Tensor:
+    """Only example 1 sees another, example 4; both carry a mark, wherever they stand."""
+    one, four = x[:, 0] == 1, x[:, 0] == 4
+    return per_example(apply, x) + one * (apply(x).sum(1) * four).sum()
+
+
+def class_balanced(apply: Any, x: Tensor) -> Tensor:
+    """Divided by the number of examples of one class; first and last are of different ones."""
+    kinds = (x[:, 0] / 2).round()
+    return per_example(apply, x) / (kinds[:, None] == kinds).sum(1)
+
+
+def hard_examples(apply: Any, x: Tensor) -> Tensor:
+    """Only losses from the median up count: all, of one example and of two."""
     losses = per_example(apply, x)
-    return losses + torch.arange(x.shape[0]).eq(1) * apply(x[-1:]).sum()
+    return losses * (losses >= losses.median())
 
 
 def whole_batch_norm(apply: Any, x: Tensor) -> Tensor:
@@ -73,6 +91,8 @@ VALUES = [
     cumulative,
     folded_wrongly,
     one_pair,
+    class_balanced,
+    hard_examples,
     whole_batch_norm,
 ]
 
