@@ -3,6 +3,7 @@
 from jdfunc import weightings
 from jdfunc.algebra import combine, gram, gram_blocks, row_norms, to_dense
 from jdfunc.functional import assign_grads, model_to_function
+from jdfunc.independence import check_batch_independence
 from jdfunc.linearizations import dense, jacobian, structured
 from jdfunc.step import gramian, jd_step, value_and_jd_step
 from jdfunc.types import JDInfo, Linearization
@@ -15,6 +16,7 @@ __all__ = [
     "Weighting",
     "as_weighting",
     "assign_grads",
+    "check_batch_independence",
     "combine",
     "constant",
     "dense",

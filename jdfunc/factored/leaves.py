@@ -152,7 +152,8 @@ def _weighted_sum(use: Outer, weights: Tensor) -> Tensor:
     if isinstance(left, OneHot):
         out = right.new_zeros(use.param.shape[0], right.shape[-1])
         return out.index_add(0, left.indices.flatten(), right.flatten(0, -2))[None]
-    return stacked(left).mT @ stacked(right)
+    x, y = stacked(left), stacked(right)
+    return (x[0].mT @ y[0])[None] if x.shape[0] == 1 else x.mT @ y
 
 
 def _summed_to(side: Tensor, rows: torch.Size) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from jdfunc import pytrees
 from jdfunc.checks import buffers_or_empty, check_depends, check_model, split_aux
 from jdfunc.examples import for_each_example, losses_of_one, num_examples
+from jdfunc.independence import guarded
 from jdfunc.linearizations.of_rows import of_rows
+from jdfunc.taps.rules import vmappable
 from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params, Rows
 
 
@@ -57,8 +59,14 @@ def jacobian(
         {'w': tensor([[3., 4.],
                 [2., 4.]])}
     """
-    rows, _, aux = _rows(
-        model_fn, params, batch, buffers=buffers, chunk_size=chunk_size, has_aux=has_aux
+    check_model(model_fn, params)
+    _, rows, aux = _rows(
+        model_fn,
+        detached(params),
+        batch,
+        buffers=buffers_or_empty(buffers),
+        chunk_size=chunk_size,
+        has_aux=has_aux,
     )
     return (rows, aux) if has_aux else rows
 
@@ -97,22 +105,24 @@ def dense(
 
     Cost: m pullbacks, m·n elements, m² n multiply-adds for the Gramian.
     """
-    pull = partial(_rows, buffers=buffers, chunk_size=chunk_size, has_aux=has_aux)
-    if batch_dim is None or num_examples(batch, batch_dim) == 0:
-        rows, losses, aux = pull(model_fn, params, batch)
-    else:
-        outer = detached(params)
+    check_model(model_fn, params)
+    given, values = buffers_or_empty(buffers), detached(params)
+    by_example = batch_dim is not None and num_examples(batch, batch_dim) > 0
+    pull = partial(
+        _rows, buffers=given, chunk_size=chunk_size, has_aux=has_aux, one_example=by_example
+    )
+    if not by_example:
+        return of_rows(*pull(model_fn, values, batch))
 
-        def one(example: Batch) -> tuple[Rows, Tensor, Any]:
-            def losses_fn(params: Params, buffers: Buffers, example: Batch) -> Any:
-                losses, aux = losses_of_one(model_fn, params, buffers, example, has_aux)
-                return (losses, aux) if has_aux else losses
+    def one(example: Batch) -> tuple[Tensor, Rows, Any]:
+        def losses_fn(params: Params, buffers: Buffers, example: Batch) -> Any:
+            losses, aux = losses_of_one(model_fn, params, buffers, example, has_aux)
+            return (losses, aux) if has_aux else losses
 
-            return pull(losses_fn, outer, example)
+        return pull(losses_fn, values, example)
 
-        check_model(model_fn, params)
-        rows, losses, aux = for_each_example(one, batch, batch_dim)
-    return of_rows(losses, rows, aux)
+    lin = of_rows(*for_each_example(one, batch, batch_dim))
+    return guarded(lin, model_fn, values, given, batch, batch_dim, has_aux)
 
 
 def _rows(
@@ -120,22 +130,26 @@ def _rows(
     params: Params,
     batch: Batch,
     *,
-    buffers: Buffers | None,
+    buffers: Buffers,
     chunk_size: int | None,
     has_aux: bool,
-) -> tuple[Rows, Tensor, Any]:
-    check_model(model_fn, params)
-    given = buffers_or_empty(buffers)
-    values, restore = pytrees.flatten(detached(params))
+    one_example: bool = False,
+) -> tuple[Tensor, Rows, Any]:
+    """Losses, dense rows and aux of one run of the model."""
+    values, restore = pytrees.flatten(params)
 
     def losses_fn(*values: Tensor) -> tuple[Tensor, tuple[Tensor, Any]]:
-        losses, aux = split_aux(model_fn(restore(values), given, batch), has_aux)
+        named = dict(zip(pytrees.names(params), values, strict=True))
+        tap = vmappable(named, one_example=one_example)
+        with tap:
+            losses, aux = split_aux(model_fn(restore(values), buffers, batch), has_aux)
         check_depends(losses, params)
         return losses, (losses, aux)
 
     if not values:
-        return params, *losses_fn()[1]
-    losses, pullback, (losses_value, aux) = torch.func.vjp(losses_fn, *values, has_aux=True)
+        losses, aux = losses_fn()[1]
+        return losses, params, aux
+    losses, pullback, (value, aux) = torch.func.vjp(losses_fn, *values, has_aux=True)
     units = torch.eye(losses.numel(), dtype=losses.dtype, device=losses.device)
     if losses.numel() == 0:
         flat = [v.new_zeros(0) for v in values]
@@ -145,4 +159,4 @@ def _rows(
         pull = torch.vmap(lambda unit: pullback(unit.reshape(losses.shape)), chunk_size=chunk_size)
         flat = list(pull(units))
     rows = [row.reshape(*losses.shape, *v.shape) for row, v in zip(flat, values, strict=True)]
-    return restore(rows), losses_value, aux
+    return value, restore(rows), aux

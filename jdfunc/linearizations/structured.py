@@ -1,6 +1,5 @@
 """The Jacobian kept factored: activations and cotangents where a rule knows the use."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from jdfunc import algebra, pytrees
 from jdfunc.checks import buffers_or_empty, check_model, split_aux
 from jdfunc.examples import for_each_example, losses_of_one, num_examples
 from jdfunc.factored import leaves as factored
-from jdfunc.factored.leaves import OneHot, Outer, Side, Tied
+from jdfunc.factored.leaves import Outer, Tied
+from jdfunc.independence import guarded
 from jdfunc.linearizations.dense import dense, detached
 from jdfunc.linearizations.of_rows import of_rows
 from jdfunc.taps.linearize import Tapped, tapped
@@ -82,9 +82,11 @@ def structured(
         run = one(batch)
     else:
         run = for_each_example(one, batch, batch_dim)
-    losses = run.losses
     rows = restore([_leaf(name, param, run) for name, param in named.items()])
-    return of_rows(losses, rows, run.aux, max_block_bytes)
+    lin = of_rows(run.losses, rows, run.aux, max_block_bytes)
+    if batch_dim is None:
+        return lin
+    return guarded(lin, model_fn, restore(values), given, batch, batch_dim, has_aux)
 
 
 def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
@@ -105,9 +107,7 @@ def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
         return run.rows[name] if name in run.rows else _no_uses(param, shape)
     alike = len({_matrix_shape(use) for use in uses}) == 1
     if name not in run.rows and alike:
-        leaf = uses[0] if len(uses) == 1 else Tied(tuple(uses))
-        if factored.elements(leaf) < math.prod(shape) * param.numel():
-            return leaf
+        return uses[0] if len(uses) == 1 else Tied(tuple(uses))
     dense_rows = [factored.materialise(use).reshape(*shape, *param.shape) for use in uses]
     return sum(dense_rows[1:], dense_rows[0]) + run.rows.get(name, 0)
 

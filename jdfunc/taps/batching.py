@@ -35,17 +35,18 @@ def batch_norm(
     )
 
 
-def recurrent(tap: Tap, func: Any, input: Tensor, hx: Tensor, *args: Any) -> Any:
-    """Rule of gru and rnn: `vmap` needs a hidden state that belongs to the example, as input does.
+def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
+    """Rule of lstm, gru and rnn: `vmap` needs a state that belongs to the example, as input does.
 
-    The kernels write into the state's products in place.
+    The kernels write into products of the state in place.
     """
-    if isinstance(hx, Tensor) and isinstance(args[0], (list, tuple)):
-        hx = hx + torch.zeros_like(input).sum()
+    if isinstance(args[0], (list, tuple)):  # the padded form: (input, hx, params, ...)
+        zero = torch.zeros_like(input).sum()
+        hx = hx + zero if isinstance(hx, Tensor) else [h + zero for h in hx]
     return tap.call(func, input, hx, *args)
 
 
 RULES: dict[Any, Rule] = {
     F.batch_norm: batch_norm,
-    **dict.fromkeys([torch.gru, torch.rnn_tanh, torch.rnn_relu], recurrent),
+    **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], recurrent),
 }

@@ -47,7 +47,7 @@ def contraction(
         return call(w)
     groups, contracted, free, shared, activations_first = layout
 
-    def activations() -> Tensor:
+    def activations(x: Tensor) -> Tensor:
         return _side(x, x_axes, groups, shared, contracted)
 
     def cotangents(cotangent: Tensor) -> Tensor:

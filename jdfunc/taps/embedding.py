@@ -37,8 +37,8 @@ def embedding(
     def call(w: Tensor) -> Tensor:
         return F.embedding(input, w, padding_idx)
 
-    def activations() -> OneHot:
-        return OneHot(input.reshape(1, -1))
+    def activations(indices: Tensor) -> OneHot:
+        return OneHot(indices.reshape(1, -1))
 
     def cotangents(cotangent: Tensor) -> Tensor:
         flat = cotangent.reshape(1, -1, cotangent.shape[-1])

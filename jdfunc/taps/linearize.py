@@ -5,7 +5,6 @@ autograd finds a path from the losses to the parameter that no rule took, dense 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from jdfunc.checks import check_depends
-from jdfunc.factored.leaves import OneHot, Side
-from jdfunc.taps import attention, batching, contraction, convolution, embedding
+from jdfunc.factored.leaves import OneHot, Outer, Side, elements, materialise
+from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RULES
 from jdfunc.taps.tap import Rule, Tap, Use
-
-RULES: dict[Any, Rule] = {
-    **contraction.RULES,
-    **convolution.RULES,
-    **embedding.RULES,
-    **attention.RULES,
-}
-ONE_EXAMPLE_RULES: dict[Any, Rule] = {**RULES, **batching.RULES}
 
 LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, Any]]
 Named = dict[str, Tensor]
@@ -60,7 +51,7 @@ def tapped(
     Returns:
         The losses and the pieces of their Jacobian.
     """
-    rules = ONE_EXAMPLE_RULES if one_example else RULES
+    rules = {**RULES, **ONE_EXAMPLE_RULES} if one_example else RULES
     run = _traced if torch.compiler.is_compiling() else _eager
     return run(losses_fn, params, rules, chunk_size)
 
@@ -102,9 +93,9 @@ def _eager(
             return {k: grad for k, grad in enumerate(grads) if grad is not None}
 
         pulled = _pull_each(pullback, losses, chunk_size)
-        found = {n: pulled[k] for n, k in zip(names, range(len(edges), len(inputs)), strict=True) if k in pulled}
-        cotangents = {k: pulled[k] for k in range(len(edges)) if k in pulled}
-        return losses, Tapped(losses, aux, _pairs(tap.uses, cotangents, losses.ndim), found)
+        rows = {n: pulled[k] for k, n in enumerate(names, len(edges)) if k in pulled}
+        cotangents = {k: grad for k, grad in pulled.items() if k < len(edges)}
+        return losses, _settled(losses, aux, tap.uses, cotangents, rows)
 
     values = list(params.values())
     return torch.func.vjp(run, values, values, has_aux=True)[2]
@@ -137,15 +128,12 @@ def _traced(
         tap = Tap(given, params, rules, lambda output: output + next(waiting))
         with tap:
             losses, aux = losses_fn(given)
-        return losses, (losses, aux, [use.activations() for use in tap.uses])
+        return losses, (losses, aux, [use.given for use in tap.uses])
 
-    losses, pull, (losses, aux, activations) = torch.func.vjp(run, probes, others, has_aux=True)
+    losses, pull, (losses, aux, givens) = torch.func.vjp(run, probes, others, has_aux=True)
     cotangents, rows = _pull_each(pull, losses, chunk_size)
-    uses = [
-        use._replace(activations=lambda a=a: a)
-        for use, a in zip(survey.uses, activations, strict=True)
-    ]
-    return Tapped(losses, aux, _pairs(uses, dict(enumerate(cotangents)), losses.ndim), rows)
+    uses = [use._replace(given=x) for use, x in zip(survey.uses, givens, strict=True)]
+    return _settled(losses, aux, uses, dict(enumerate(cotangents)), rows)
 
 
 def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: int | None) -> Any:
@@ -164,33 +152,38 @@ def _map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return torch.utils._pytree.tree_map(fn, tree)
 
 
-def _pairs(
-    uses: Sequence[Use], cotangents: dict[int, Tensor], row_ndim: int
-) -> dict[str, list[tuple[Side, Side]]]:
-    """Lay activations and cotangents of every use out as its two sides, by parameter."""
-    pairs: dict[str, list[tuple[Side, Side]]] = {}
+def _settled(
+    losses: Tensor, aux: Any, uses: Sequence[Use], cotangents: dict[int, Tensor], rows: Named
+) -> Tapped:
+    """Lay the uses out as their two sides, or as dense rows where these take less memory."""
+    sides: dict[str, list[tuple[Side, Side]]] = {}
+    rows, row_ndim = dict(rows), losses.ndim
     for k, use in enumerate(uses):
         if k not in cotangents:  # the output of this use does not reach the losses
             continue
         layout = use.cotangents
         for _ in range(row_ndim):
             layout = torch.vmap(layout)
-        cotangent, activation = layout(cotangents[k]), use.activations()
+        cotangent, activation = layout(cotangents[k]), use.activations(use.given)
         shared = (None,) * row_ndim
         if isinstance(activation, OneHot):
             activation = OneHot(activation.indices[shared])
         else:
             activation = activation[shared]
-        sides = (activation, cotangent) if use.activations_first else (cotangent, activation)
-        pairs.setdefault(use.name, []).append(sides)
-    return pairs
+        pair = (activation, cotangent) if use.activations_first else (cotangent, activation)
+        outer = Outer(*pair, use.param)
+        if isinstance(activation, Tensor) and losses.numel() * use.param.numel() < elements(outer):
+            made = materialise(outer)
+            rows[use.name] = rows[use.name] + made if use.name in rows else made
+        else:
+            sides.setdefault(use.name, []).append(pair)
+    return Tapped(losses, aux, sides, rows)
 
 
 def _check_unwritten(uses: Sequence[Use]) -> None:
     """Check that no activation was written in place after its use: it would be a wrong number."""
     for use in uses:
-        tensor, version = use.given
-        if tensor._version != version:
+        if use.given._version != use.version:
             raise ValueError(
                 f"expected the input of {use.function} with parameter {use.name!r} to be left as "
                 "it was, but the model wrote to it in place afterwards (autograd refuses this "

@@ -27,19 +27,23 @@ class Use(NamedTuple):
 
     Attributes:
         name: of the parameter.
+        param: its shadow.
         function: that used it, for the plan.
-        activations: ``() -> side`` [h, s, i] that the parameter was contracted with.
+        given: the tensor that the parameter was contracted with.
+        version: how often ``given`` had been written to by then.
+        activations: ``given -> side`` [h, s, i].
         cotangents: ``output cotangent -> side`` [h, s, j].
         activations_first: whether the parameter is laid out as [h, i, j].
-        given: the tensor that the activations are read from, and its version when they were.
     """
 
     name: str
+    param: Tensor
     function: str
-    activations: Callable[[], Side]
+    given: Tensor
+    version: int
+    activations: Callable[[Tensor], Side]
     cotangents: Callable[[Tensor], Tensor]
     activations_first: bool
-    given: tuple[Tensor, int]
 
 
 Rule = Callable[..., Any]
@@ -112,7 +116,7 @@ class Tap(TorchFunctionMode):
         call: Callable[[Tensor], Tensor],
         weight: Tensor,
         given: Tensor,
-        activations: Callable[[], Side],
+        activations: Callable[[Tensor], Side],
         cotangents: Callable[[Tensor], Tensor],
         *,
         activations_first: bool,
@@ -120,17 +124,21 @@ class Tap(TorchFunctionMode):
         """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
         shadow = self.shadows[found.name]
         output = call(shadow.mT if found.transposed else shadow)
-        if not (torch.compiler.is_compiling() or output.requires_grad):
+        compiling = torch.compiler.is_compiling()
+        if not (compiling or output.requires_grad):
             # Inside no_grad, or below a transform of the model's own: not ours to differentiate.
             return self.call(call, weight)
         self.uses.append(
             Use(
-                found.name,
-                getattr(func, "__name__", str(func)),
-                activations,
-                cotangents,
-                activations_first,
-                (given, given._version),
+                name=found.name,
+                param=shadow,
+                function=getattr(func, "__name__", str(func)),
+                # The compiler cannot see versions; it drops a copy that nothing writes to.
+                given=given.clone() if compiling else given,
+                version=0 if compiling else given._version,
+                activations=activations,
+                cotangents=cotangents,
+                activations_first=activations_first,
             )
         )
         return self.observe(output)
