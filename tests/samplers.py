@@ -99,7 +99,7 @@ def integer(m: int, seed: int) -> Tensor:
 
 
 def path(m: int, seed: int) -> Tensor:
-    """Rows whose Gramian is the Laplacian of a path: singular, and slow for exchanges of one index."""
+    """Rows whose Gramian is the Laplacian of a path: slow for exchanges of one index."""
     edges = torch.eye(m, 2 * m, dtype=torch.float64)
     rows = edges - edges.roll(1, 0)
     rows[0] = edges[0]

@@ -61,7 +61,7 @@ def dual_cone(
 def _two(
     gramian: Float[Tensor, "*batch 2 2"], q: Float[Tensor, "*batch k 2"], ridge: float
 ) -> Float[Tensor, "*batch k 2"]:
-    """The z of size 2: with G₁₂ < 0 the larger of what each variable is alone and with the other, else the smaller."""
+    """The z of size 2: the larger (G₁₂ < 0) or smaller of a variable alone and with the other."""
     diagonal = (1 + ridge) * gramian.diagonal(dim1=-2, dim2=-1)[..., None, :]
     cross = gramian[..., None, :1, 1]
     det = diagonal[..., :1] * diagonal[..., 1:] - cross * cross

@@ -1,8 +1,8 @@
-"""The linear complementarity problem z ≥ 0, A z + q ≥ 0, zᵀ(A z + q) = 0 for positive semidefinite A: the core of every cone method.
+"""The linear complementarity problem z ≥ 0, A z + q ≥ 0, zᵀ(A z + q) = 0 for semidefinite A.
 
-The search for the free set F = {i : zᵢ > 0} branches on data, so it sits behind the operator
-`jdfunc::lcp`, which tracing sees as opaque and `vmap` as one more batch dimension. Given F, z_F =
-−A_FF⁻¹ q_F, and that is what is differentiated.
+It is the core of every cone method. The search for the free set F = {i : zᵢ > 0} branches on data,
+so it sits behind the operator `jdfunc::lcp`, which tracing sees as opaque and `vmap` as one more
+batch dimension. Given F, z_F = −A_FF⁻¹ q_F, and that is what is differentiated.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def lcp(
     bounds: Float[Tensor, "*batch k m"] | None = None,
     ridge: float = 1e-10,
 ) -> Float[Tensor, "*batch k m"]:
-    """Solution z of z ≥ 0, y = A_r z + q ≥ 0, zᵀy = 0, for k right-hand sides that share one matrix.
+    """The z with z ≥ 0, y = A_r z + q ≥ 0, zᵀy = 0, for k right-hand sides that share one matrix.
 
     A_r = A + ridge · diag(A): with D = diag(A)^½ the problem solved is the one of S + ridge · I, S
     = D⁻¹AD⁻¹, so nothing depends on the scale of a row. Up to m = 28: block principal pivoting.
@@ -42,8 +42,8 @@ def lcp(
         matrix: A, shape [*batch, m, m], symmetric PSD, float64 (float32 where a device has no
             other).
         q: shape [*batch, k, m], units of A times those of z.
-        bounds: u, shape [*batch, k, m], where q = A u is known: signs are then judged against the size
-            of D u, which is safer than that of D⁻¹ q if the latter is mere rounding.
+        bounds: u, shape [*batch, k, m], where q = A u is known: signs are then judged against the
+            size of D u, which is safer than that of D⁻¹ q if the latter is mere rounding.
         ridge: added to the unit diagonal of S; dimensionless. Multiplied by 10 until S + ridge · I
             is positive definite.
 
@@ -61,7 +61,8 @@ def lcp(
         Math. Programming 55, 1992.
 
     Example:
-        >>> lcp(torch.eye(2, dtype=torch.float64), torch.tensor([[-1.0, 2.0]], dtype=torch.float64), ridge=0.0)
+        >>> q = torch.tensor([[-1.0, 2.0]], dtype=torch.float64)
+        >>> lcp(torch.eye(2, dtype=torch.float64), q, ridge=0.0)
         tensor([[1., 0.]], dtype=torch.float64)
     """
     return _LCP.apply(matrix, q, bounds, ridge)[0]
@@ -119,9 +120,7 @@ def _normalise(matrix: Tensor, root: Tensor, ridge: Tensor | float) -> Float[Ten
     return torch.where(eye, diagonal, matrix / root[..., :, None] / root[..., None, :])
 
 
-def _search(
-    matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float
-) -> tuple[Tensor, ...]:
+def _search(matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float) -> tuple[Tensor, ...]:
     """The eager operator: solution, free set and the ridge used, for any leading dimensions."""
     batch, (k, m) = matrix.shape[:-2], q.shape[-2:]
     if not batch and k * m * m <= FLOATS_SIZE and matrix.device.type == "cpu":
@@ -169,7 +168,7 @@ def _search_floats(
 
 
 def _solve_rows(matrix: Tensor, q: Tensor) -> Float[Tensor, "rows m"]:
-    """z ≥ 0 for each row of q; `matrix` has a unit diagonal and is one for all rows, or one per row."""
+    """Each row's z ≥ 0; `matrix` is one for all rows of q, or one per row."""
     tol = TOLERANCE[q.dtype]
     free = q < -tol
     start = torch.zeros_like(q)
@@ -188,7 +187,7 @@ def _solve_rows(matrix: Tensor, q: Tensor) -> Float[Tensor, "rows m"]:
 
 
 def _definite(matrix: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """D⁻¹AD⁻¹ + ridge · I for the smallest ridge · 10ⁿ that makes it positive definite; and that ridge."""
+    """D⁻¹AD⁻¹ + ridge · I for the smallest ridge · 10ⁿ that makes it positive definite."""
     ridges = torch.full(matrix.shape[:1], ridge, dtype=matrix.dtype, device=matrix.device)
     normal = _normalise(matrix, root, ridge)
     smallest = torch.finfo(matrix.dtype).eps

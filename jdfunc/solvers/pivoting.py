@@ -25,12 +25,12 @@ CHUNK_ELEMENTS = 1 << 22  # bounds the memory of one batch of factorisations
 def pivot(
     matrix: Shared, q: Rows, free: Sets, *, tol: float, rounds: int
 ) -> tuple[Rows, Bool[Tensor, " rows"]]:
-    """Block principal pivoting: exchange every index of wrong sign, or only the worst once that stalls.
+    """Block principal pivoting: exchange all indices of wrong sign, or the worst once that stalls.
 
     The second output marks the rows that did not finish within `rounds`.
     """
     done = torch.zeros(len(q), dtype=torch.bool, device=q.device)
-    full_rounds = FULL_ROUNDS if q.shape[-1] <= MASKED_SIZE else 0
+    full_rounds = min(rounds, FULL_ROUNDS) if q.shape[-1] <= MASKED_SIZE else 0
     for _ in range(full_rounds):
         z, _, wrong = _check(matrix, q, free, tol)
         if not wrong.any():
@@ -60,7 +60,7 @@ def pivot(
 def _check(
     matrix: Shared, q: Rows, free: Sets, tol: float
 ) -> tuple[Rows, Rows, Bool[Tensor, "rows m"]]:
-    """z of the free set, what has to be non-negative (z on F, y elsewhere), and where it is not."""
+    """The z of F, what has to be non-negative (z on F, y elsewhere), and where it is not."""
     z = solve_free(matrix, q, free)
     slack = torch.where(free, z, multiply(matrix, z) + q)
     return z, slack, slack < -tol * z.amax(-1, keepdim=True).clamp(min=1)
@@ -88,7 +88,7 @@ def descend(matrix: Shared, q: Rows, start: Rows, *, tol: float, rounds: int) ->
 
 
 def solve_free(matrix: Shared, q: Rows, free: Sets) -> Rows:
-    """z with z_F = −S_FF⁻¹ q_F and zero elsewhere."""
+    """The z with z_F = −S_FF⁻¹ q_F and zero elsewhere."""
     m = q.shape[-1]
     if m <= MASKED_SIZE or len(matrix) > 1:
         return solve_masked(matrix, q, free)
@@ -112,7 +112,7 @@ def multiply(matrix: Shared, z: Rows) -> Rows:
 def solve_masked(
     matrix: Float[Tensor, "*#rows m m"], q: Float[Tensor, "*rows m"], free: Bool[Tensor, "*rows m"]
 ) -> Float[Tensor, "*rows m"]:
-    """`solve_free` with the bound indices replaced by rows of the identity: plain, batched, differentiable."""
+    """`solve_free` with rows of the identity on the bound indices: batched, differentiable."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     masked = torch.where(free[..., :, None] & free[..., None, :], matrix, eye)
     factor, _ = torch.linalg.cholesky_ex(masked)
@@ -138,7 +138,7 @@ def _solve_gathered(matrix: Float[Tensor, "m m"], q: Rows, free: Sets) -> Rows:
 
 
 def _solve_bound(matrix: Float[Tensor, "m m"], q: Rows, free: Sets) -> Rows:
-    """`solve_free` through B = S⁻¹: y_A = B_AA⁻¹ (B q)_A on the bound set A, z = B (y − q); refined once."""
+    """`solve_free` through B = S⁻¹: y_A = B_AA⁻¹ (B q)_A on the bound A, z = B (y − q); refined."""
     factor, _ = torch.linalg.cholesky_ex(matrix)
     inverse = torch.cholesky_inverse(factor)
     z = torch.zeros_like(q)

@@ -1,4 +1,4 @@
-"""Which dtype a small problem is solved in, and how much ridge the rounding of its Gramian calls for."""
+"""The dtype of a small problem, and the ridge that the rounding of its Gramian calls for."""
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def effective_ridge(ridge: float, dtype: torch.dtype, m: int) -> float:
-    """The ridge asked for, or what the rounding of the entries of a Gramian of this dtype requires; 0 stays 0."""
+    """The ridge asked for, or what rounding a Gramian to this dtype requires; 0 stays 0."""
     eps = torch.finfo(dtype).eps
     rounding = 4 * eps if dtype in (torch.float32, torch.float64) else m * eps / 2
     return max(ridge, rounding) if ridge > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The dual-cone problem by an external quadratic-programming package: an independent check on `dual_cone`."""
+"""The dual-cone problem by an external package: an independent check on `dual_cone`."""
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,11 @@ def quadprog(
     *,
     ridge: float = 1e-10,
 ) -> Float[Tensor, "*batch k m"]:
-    """`dual_cone` by the Goldfarb–Idnani method of `qpsolvers` and `quadprog`: one problem at a time, on the CPU.
+    """`dual_cone` by the method of Goldfarb and Idnani: one problem at a time, on the CPU.
 
-    v = argmin ½ vᵀGv subject to v ≥ u for each row u, solved on the row-normalised Gramian with
-    every row of bounds scaled to size 1, because the tolerances of `quadprog` are absolute.
+    With `qpsolvers` and `quadprog`: v = argmin ½ vᵀGv subject to v ≥ u for each row u, solved on
+    the row-normalised Gramian with every row of bounds scaled to size 1, because the tolerances of
+    `quadprog` are absolute.
 
     Args:
         gramian: G = J Jᵀ, shape [*batch, m, m], symmetric PSD. Units loss²/param².
@@ -62,7 +63,7 @@ def quadprog(
         normal = torch.where(eye > 0, 1.0, matrix / root[:, None] / root) + ridge * eye
         for u, v in zip(us * root, vs, strict=True):
             size = u.abs().max().clamp(min=1e-300)
-            # min ½ zᵀ(S + ridge I)z + (S b)ᵀz over z ≥ 0, so that the ridge acts where dual_cone has it
+            # min ½ zᵀ(S + ridge I)z + (S b)ᵀz over z ≥ 0: the ridge acts where dual_cone has it
             linear = (normal - ridge * eye) @ (u / size)
             z = solve_qp(
                 normal.numpy(),

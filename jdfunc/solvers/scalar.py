@@ -1,6 +1,7 @@
-"""Block principal pivoting in Python floats: for tiny problems on the CPU, where calling tensor operators is what costs."""
+"""Block principal pivoting in Python floats, for problems too tiny to pay for tensor operators."""
 
 import math
+from operator import mul
 
 __all__ = ["pivot_floats"]
 
@@ -15,7 +16,10 @@ def pivot_floats(
     if not math.isfinite(sum(map(sum, matrix)) + sum(map(sum, qs))):
         return None
     root = [math.sqrt(d) if d > 0 else 1.0 for d in diagonal]
-    normal = [[a / (r * s) for a, s in zip(row, root, strict=True)] for row, r in zip(matrix, root, strict=True)]
+    normal = [
+        [a / (r * s) for a, s in zip(row, root, strict=True)]
+        for row, r in zip(matrix, root, strict=True)
+    ]
     for i, row in enumerate(normal):
         row[i] = 1 + ridge
     solutions = []
@@ -38,7 +42,7 @@ def _pivot(matrix: Matrix, q: list[float], tol: float, rounds: int) -> list[floa
         z = _solve_free(matrix, q, free)
         if z is None:
             return None
-        slack = [q[i] + sum([matrix[i][j] * z[j] for j in free]) for i in indices]
+        slack = [q[i] + sum(matrix[i][j] * z[j] for j in free) for i in indices]
         for i in free:
             slack[i] = z[i]
         bar = -tol * max(1.0, *z)
@@ -54,19 +58,19 @@ def _pivot(matrix: Matrix, q: list[float], tol: float, rounds: int) -> list[floa
 
 
 def _solve_free(matrix: Matrix, q: list[float], free: list[int]) -> list[float] | None:
-    """z with z_F = −S_FF⁻¹ q_F and zero elsewhere, by Cholesky; None where S_FF is not positive definite."""
+    """The z with z_F = −S_FF⁻¹ q_F and zero elsewhere; None where S_FF is not definite."""
     factor: Matrix = []
     forward: list[float] = []
     for a, i in enumerate(free):
         row: list[float] = []
         for b in range(a):
             other = factor[b]
-            inner = sum([x * y for x, y in zip(row, other, strict=False)])
+            inner = sum(map(mul, row, other))
             row.append((matrix[i][free[b]] - inner) / other[b])
-        pivot = matrix[i][i] - sum([x * x for x in row])
+        pivot = matrix[i][i] - sum(map(mul, row, row))
         if pivot <= 0:
             return None
-        forward.append((-q[i] - sum([x * y for x, y in zip(row, forward, strict=False)])) / math.sqrt(pivot))
+        forward.append((-q[i] - sum(map(mul, row, forward))) / math.sqrt(pivot))
         row.append(math.sqrt(pivot))
         factor.append(row)
     z = [0.0] * len(q)

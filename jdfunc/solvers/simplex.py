@@ -1,4 +1,4 @@
-"""Points of the probability simplex Δ = {a : a ≥ 0, Σa = 1}: projection, and the minimum of ½ aᵀGa."""
+"""Points of the simplex {a : a ≥ 0, Σa = 1}: projection, and the minimum of ½ aᵀGa."""
 
 import torch
 from jaxtyping import Float
@@ -39,11 +39,11 @@ def project_simplex(point: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m
 def min_norm(
     gramian: Float[Tensor, "*batch m m"], *, ridge: float = 1e-10
 ) -> Float[Tensor, "*batch m"]:
-    """Weights of the shortest vector in the convex hull of the gradients: a = argmin aᵀGa over the simplex.
+    """Weights of the shortest vector in the convex hull of the gradients.
 
-    With D = diag(G)^½, S = D⁻¹GD⁻¹ and βᵢ = minⱼ dⱼ / dᵢ, solves the complementarity problem of S +
-    ββᵀ and −β, and normalises βx. The rank-one term is constant on the simplex and bounds the
-    problem when 0 is in the hull.
+    a = argmin aᵀGa over the simplex. With D = diag(G)^½, S = D⁻¹GD⁻¹ and βᵢ = minⱼ dⱼ / dᵢ, solves
+    the complementarity problem of S + ββᵀ and −β, and normalises βx. The rank-one term is constant
+    on the simplex and bounds the problem when 0 is in the hull.
 
     Args:
         gramian: G = J Jᵀ, shape [*batch, m, m], symmetric PSD. Units loss²/param².
@@ -71,10 +71,12 @@ def min_norm(
     gramian = gramian.to(compute_dtype(gramian.device))
     if m == 2:
         return _segment(gramian).to(dtype)
+    if m == 0:
+        return torch.zeros(gramian.shape[:-1], dtype=dtype, device=gramian.device)
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
     safe = torch.where(diagonal > 0, diagonal, 1)
     root = safe.sqrt()
-    beta = (safe.amin(-1, keepdim=True) if m else safe).sqrt() / root
+    beta = safe.amin(-1, keepdim=True).sqrt() / root
     normal = gramian / root[..., :, None] / root[..., None, :]
     shifted = normal + beta[..., :, None] * beta[..., None, :]
     y = beta * lcp(shifted, -beta[..., None, :], ridge=ridge)[..., 0, :]
@@ -100,7 +102,7 @@ def frank_wolfe(
     epsilon: float = 1e-3,
     max_iters: int = 100,
 ) -> Float[Tensor, "*batch m"]:
-    """Weights of a short vector in the convex hull of the gradients, by a fixed number of Frank–Wolfe steps.
+    """Weights of a short vector in the convex hull of the gradients, by Frank–Wolfe steps.
 
     From a = 1/m repeats a ← (1 − γ) a + γ e_t, with t = argmin (Ga) and the best γ in [0, 1], until
     γ < `epsilon`. After 100 steps the squared length is some percent above the minimum, and at a

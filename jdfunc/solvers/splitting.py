@@ -1,4 +1,4 @@
-"""Douglas–Rachford splitting: a cheap guess of which variables of many complementarity problems are free."""
+"""Douglas–Rachford splitting: a cheap guess of which variables of many problems are free."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def douglas_rachford(
 def _top_eigenvalue(apply: Callable[[Tensor], Tensor], eye: Tensor) -> Float[Tensor, ""]:
     """Largest eigenvalue of a symmetric operator, by a dozen power steps."""
     x = eye[:, :1] + eye.sum(1, keepdim=True)
-    for _ in range(12):
-        image = apply(x)
-        x, size = image / image.norm(), image.norm()
-    return size
+    for _ in range(11):
+        x = apply(x)
+        x = x / x.norm()
+    return apply(x).norm()

@@ -1,4 +1,4 @@
-"""What a weighting is: a function from a Gramian to weights, with or without a state carried between calls."""
+"""What a weighting is: a function from a Gramian to weights, with or without a state."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Update(Protocol):
 
 
 class Weighting(NamedTuple):
-    """A pair of pure functions that turn Gramians [*batch, m, m] into weights [*batch, m], carrying a state.
+    """Two pure functions that turn Gramians [*batch, m, m] into weights [*batch, m], with a state.
 
     `init(gramian)` makes the first state from an example Gramian (its m, dtype and device);
     `update(gramian, state, *, losses=None)` returns the weights and the next state, and modifies
@@ -131,15 +131,11 @@ def flattened(weighting: Weighting | WeightingFn) -> Weighting | WeightingFn:
         torch.Size([2, 3])
     """
     if not isinstance(weighting, Weighting):
-        plain = as_weighting(weighting)
+        as_weighting(weighting)  # raises on what is no weighting
 
         def lifted(gramian: Tensor, **hyper: Any) -> Tensor:
             flat, rows = _flatten(gramian)
-            return (
-                plain.update(flat, ())[0].reshape(rows)
-                if not hyper
-                else (weighting(flat, **hyper).reshape(rows))
-            )
+            return weighting(flat, **hyper).reshape(rows)
 
         return lifted
 
@@ -158,7 +154,12 @@ def flattened(weighting: Weighting | WeightingFn) -> Weighting | WeightingFn:
 
 
 def check_gramian(gramian: Tensor) -> None:
-    """Raise unless `gramian` is a floating-point tensor of shape [*batch, m, m]."""
+    """Raise unless `gramian` is a floating-point tensor of shape [*batch, m, m].
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: its shape or its dtype is another.
+    """
     if not isinstance(gramian, Tensor):
         raise TypeError(f"Expected the Gramian as a tensor, got {_name(gramian)}.")
     if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2]:
@@ -176,7 +177,14 @@ def check_gramian(gramian: Tensor) -> None:
 def vector_like(
     gramian: Float[Tensor, "*batch m m"], values: Tensor, name: str
 ) -> Float[Tensor, "*batch m"]:
-    """`values` in the dtype and device of `gramian`, after checking that there is one per objective."""
+    """Give `values` the dtype and device of `gramian`.
+
+    Returns:
+        The values, shape [*batch, m].
+
+    Raises:
+        ValueError: there is not one value per objective.
+    """
     m = gramian.shape[-1]
     values = torch.as_tensor(values, dtype=gramian.dtype, device=gramian.device)
     if values.ndim == 0 or values.shape[-1] != m:

@@ -138,7 +138,7 @@ def _problem(
 def _regularised(
     gramian: Float[Tensor, "*batch m m"], norm_eps: float, reg_eps: float
 ) -> Float[Tensor, "*batch m m"]:
-    """TorchJD's (G / tr G, or 0 below norm_eps) + reg_eps · I, rounded in its order and its dtype."""
+    """TorchJD's (G / tr G, or 0 below norm_eps) + reg_eps · I, in its order and its dtype."""
     trace = gramian.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     small = trace < norm_eps
     normal = torch.where(small, 0, gramian / torch.where(small, 1, trace))

@@ -12,7 +12,7 @@ __all__ = ["cone_residual", "conflict_margin", "min_cosine", "min_norm_gap"]
 def conflict_margin(
     gramian: Float[Tensor, "*batch m m"], weights: Float[Tensor, "*batch m"]
 ) -> Float[Tensor, "*batch"]:
-    """Smallest slope of an objective along its own unit gradient, relative to the gross length of the direction.
+    """Smallest slope of an objective over its gradient, relative to the gross length of Jᵀw.
 
     minᵢ (Gw)ᵢ / dᵢ over Σⱼ |wⱼ| dⱼ, with d = diag(G)^½; negative where an objective is made worse.
     Zero rows are left out.
@@ -116,7 +116,7 @@ def cone_residual(
 def min_norm_gap(
     gramian: Float[Tensor, "*batch m m"], weights: Float[Tensor, "*batch m"]
 ) -> Float[Tensor, "*batch"]:
-    """Duality gap of w as the shortest point of the convex hull of the gradients, over the mean squared gradient.
+    """Duality gap of w as the shortest point of the convex hull, over the mean squared gradient.
 
     (wᵀGw − minᵢ (Gw)ᵢ) / mean diag(G): at least the excess of ½|Jᵀw|² over its minimum, and 0
     exactly at the solution.
@@ -143,7 +143,7 @@ def min_norm_gap(
 
 
 def _scaled(gramian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gramian and weights in the compute dtype, diag(G)^½ with 1 in place of 0, and where it is positive."""
+    """Gramian and weights in the compute dtype; diag(G)^½ with 1 for 0; where it is positive."""
     gramian = gramian.to(compute_dtype(gramian.device))
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
     present = diagonal > 0

@@ -1,0 +1,81 @@
+"""Points of the simplex: projection, exact minimum-norm point, Frank–Wolfe."""
+
+import hypothesis.strategies as st
+import pytest
+import samplers
+import torch
+from hypothesis import given, settings
+from properties import assert_on_simplex
+
+from jdfunc.solvers import frank_wolfe, min_norm, project_simplex
+from jdfunc.weightings import min_norm_gap
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9))
+def test_projection_is_nearest(values):
+    point = torch.tensor(values, dtype=torch.float64)
+    projected = project_simplex(point)
+    assert_on_simplex(projected, atol=1e-9)
+    # Optimality: the gradient point − projected is constant on the support and no larger off it.
+    slope = point - projected
+    top = slope.max()
+    assert (top - slope[projected > 0]).abs().max() < 1e-8
+
+
+# The bars of the exact point: gap over the mean and over the smallest squared row.
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 16, 40, 64])
+@pytest.mark.parametrize("family", samplers.FAMILIES)
+def test_min_norm_gap(family, m):
+    gramian = samplers.gramian(samplers.draw(family, m))
+    a = min_norm(gramian)
+    assert_on_simplex(a)
+    gap = min_norm_gap(gramian, a)
+    assert gap <= 1e-9
+    smallest = gramian.diagonal().min()
+    if smallest > 0:
+        assert gap * gramian.diagonal().mean() / smallest <= 1e-5
+
+
+def test_min_norm_of_two_matches_the_general_path():
+    gramian = samplers.gramian(samplers.draw("full", 2))
+    padded = torch.eye(3, dtype=torch.float64) * 1e9
+    padded[:2, :2] = gramian
+    torch.testing.assert_close(min_norm(padded)[:2], min_norm(gramian), rtol=1e-6, atol=1e-7)
+
+
+def test_zero_rows_share_the_weight():
+    gramian = torch.diag(torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64))
+    assert min_norm(gramian).tolist() == [0.5, 0, 0.5]
+    assert min_norm(torch.zeros(3, 3)).tolist() == pytest.approx([1 / 3] * 3)
+    assert min_norm(torch.zeros(2, 2)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("m", [2, 3, 8])
+def test_min_norm_batched_mapped_differentiable(m):
+    jacobians = torch.stack([samplers.draw("full", m, seed) for seed in range(3)])
+    gramians = samplers.gramian(jacobians)
+    looped = torch.stack([min_norm(g) for g in gramians])
+    torch.testing.assert_close(min_norm(gramians), looped, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.vmap(min_norm)(gramians), looped, rtol=1e-10, atol=1e-10)
+    leaf = jacobians[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda j: min_norm(samplers.gramian(j)), leaf)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_gives_nan(m, value):
+    gramian = samplers.gramian(samplers.draw("full", m))
+    gramian[0, 0] = value
+    assert min_norm(gramian).isnan().all()
+    assert frank_wolfe(gramian).isnan().all()
+
+
+def test_frank_wolfe_approaches_the_minimum():
+    gramian = samplers.gramian(samplers.draw("full", 5))
+    rough = frank_wolfe(gramian)
+    assert_on_simplex(rough, atol=1e-9)
+    assert min_norm_gap(gramian, rough) < 0.05
+    fine = frank_wolfe(gramian, epsilon=0.0, max_iters=3000)
+    torch.testing.assert_close(fine, min_norm(gramian), rtol=0, atol=1e-2)
+    torch.testing.assert_close(torch.vmap(frank_wolfe)(gramian[None])[0], rough)
