@@ -19,7 +19,8 @@ def demo():
 
 
 def test_demo_writes_a_table_and_figures(demo, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "RATES", (0.1, 0.3))
+    monkeypatch.setattr(demo, "RATES", dict.fromkeys(demo.PROBLEMS, (0.1,)))
+    monkeypatch.setattr(demo, "PILOT_SEEDS", (7,))
     demo.main(["--seeds", "2", "--epochs", "2", "--out", str(tmp_path)])
     table = (tmp_path / "table.txt").read_text()
     assert table in capsys.readouterr().out
