@@ -391,13 +391,14 @@ def _embedding_cases() -> list[Case]:
         index[:, 2] = index[:, 1]  # a repeated index in every example
         return index
 
-    def bag(mode: str, weighted: bool = False) -> Case:
-        name = f"embedding_bag_{mode}" + ("_weighted" if weighted else "")
+    def bag(mode: str, weighted: bool = False, padding_idx: int | None = None) -> Case:
+        name = f"embedding_bag_{mode}" + "_weighted" * weighted
+        name += "" if padding_idx is None else "_padding"
         return module_case(
             name,
             lambda: Fn(
                 lambda self, x, w: self.bag(x, per_sample_weights=w if weighted else None),
-                bag=nn.EmbeddingBag(7, 3, mode=mode),
+                bag=nn.EmbeddingBag(7, 3, mode=mode, padding_idx=padding_idx),
             ),
             lambda n: (padded(n), randn(n, 5)),
         )
@@ -418,6 +419,16 @@ def _embedding_cases() -> list[Case]:
         bag("mean"),
         bag("max"),
         bag("sum", weighted=True),
+        bag("sum", padding_idx=0),
+        bag("mean", padding_idx=0),
+        bag("max", padding_idx=0),
+        bag("sum", weighted=True, padding_idx=-7),
+        raw_case(
+            "embedding_negative_padding",
+            lambda: {"table": randn(7, 3)},
+            padded,
+            lambda p, x: readout(F.embedding(x, p["table"], padding_idx=-7).cumsum(1)),
+        ),
         module_case(
             "embedding_bag_offsets",
             lambda: nn.EmbeddingBag(7, 3, mode="mean"),
@@ -519,9 +530,9 @@ def _attention(
 
 
 class _Masked(nn.Module):
-    def __init__(self, need_weights: bool, causal: bool) -> None:
+    def __init__(self, need_weights: bool, causal: bool, **kwargs: Any) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, **kwargs)
         self.need_weights, self.causal = need_weights, causal
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -639,8 +650,41 @@ def _attention_cases() -> list[Case]:
                     train=train,
                 )
             )
+
+    def asymmetric(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        out, weights = self.attention(x, y, y.flip(1), average_attn_weights=False)
+        bias = torch.linspace(-1, 1, 15, dtype=x.dtype).view(3, 5)
+        biased = self.attention(x, y, y, attn_mask=bias)[0]
+        return torch.cat([out.flatten(1), weights.flatten(1), biased.flatten(1)], 1)
+
+    def frozen_body() -> nn.Module:
+        layer = _encoder_layer(batch_first=True)()
+        body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        return Fn(
+            lambda self, x: self.head(self.body(x)[:, 0]),
+            body=body.requires_grad_(False),
+            head=nn.Linear(6, 3),
+        )
+
     return [
         *cases,
+        module_case(
+            "mha_masks_bias_kv_zero_attention",
+            lambda: _Masked(True, True, add_bias_kv=True, add_zero_attn=True),
+            _padded_sequences,
+        ),
+        module_case(
+            "mha_keys_are_not_values",
+            lambda: Fn(asymmetric, attention=nn.MultiheadAttention(6, 2, batch_first=True)),
+            two(6),
+        ),
+        module_case(
+            "frozen_encoder_eval",  # its fused path is open, since it needs no gradient
+            frozen_body,
+            images(4, 6),
+            train=False,
+            frozen=lambda k: "head" not in k,
+        ),
         module_case(
             "encoder_layer_sequence_first", _encoder_layer(), images(4, 6), _sequence_first
         ),
@@ -962,6 +1006,55 @@ def _spelling_cases() -> list[Case]:
         slope = torch.func.vmap(torch.func.grad(u))(x)
         return (slope - x).square().sum(1)
 
+    def tangent(p: Any, x: Tensor) -> Tensor:
+        """Losses that hold a forward-mode derivative with respect to the input."""
+
+        def u(x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["v"])
+
+        value, slope = torch.func.jvp(u, (x,), (x.sin(),))
+        return (slope - value).square().sum(1)
+
+    def broadcasts(p: Any, x: Tensor) -> Tensor:
+        w = p["w"]  # [2, 5, 3]
+        outs = [
+            (x @ w).transpose(0, 1),  # [b, 5] @ [2, 5, 3]
+            x[:, None, None] @ w,  # [b, 1, 1, 5] @ [2, 5, 3]
+            x[:, None, None].expand(-1, 2, 4, -1) @ w,
+            x[:, None, None].expand(-1, 3, 4, -1) @ w[:1],
+            (w.mT @ x.mT).permute(2, 0, 1),
+            x[:, None].expand(-1, 2, -1) @ w[0],
+            x @ p["v"],
+            p["v"] @ x.mT,
+            (x[:, None] @ p["v"]).sin(),
+            torch.matmul(w[None, :, None, 0, :], x[:, None, :3, None]).flatten(1),
+        ]
+        return sum(
+            readout((0.5 + 0.1 * k) * out.reshape(x.shape[0], -1)) for k, out in enumerate(outs)
+        )
+
+    def odd_einsums(p: Any, x: Tensor) -> Tensor:
+        w, square = p["w"], p["s"]  # [5, 3], [5, 5]
+        outs = [
+            torch.einsum("bi,io->b", x, w),
+            torch.einsum("bi,jo->bo", x, w),
+            torch.einsum("bi,ii->bi", x, square),
+            torch.einsum("bi,ii->b", x, square),
+            torch.einsum("bi,ij->bij", x, square),
+            torch.einsum("bi,ij->bji", x, square),
+            torch.einsum("bi,ij", x, square),
+            torch.einsum(" b i , j i -> j b ", x, square).mT,
+            torch.einsum("bi,bj,ij->b", x, x, square),
+            torch.einsum("ij,b...->b...ij", w, x[:, :2]),
+            torch.einsum("...i,ij->...j", x[:, None, None], w),
+            torch.einsum("io,b...i->bo...", w, x[:, None]),
+            torch.einsum("bi->b", x * w[:, 0]),
+            torch.einsum("bi,io->bo", x[:, :1], w),  # an axis of size one broadcasts
+        ]
+        return sum(
+            readout((0.5 + 0.1 * k) * out.reshape(x.shape[0], -1)) for k, out in enumerate(outs)
+        )
+
     def no_grad_target(p: Any, x: Tensor) -> Tensor:
         prediction = F.linear(x, p["w"], p["b"]).tanh()
         with torch.no_grad():
@@ -1101,6 +1194,24 @@ def _spelling_cases() -> list[Case]:
             lambda: {"w": randn(7, 5), "b": randn(7), "v": randn(1, 7)},
             images(5),
             physics,
+        ),
+        raw_case(
+            "tangent_in_the_loss",
+            lambda: {"w": randn(7, 5), "b": randn(7), "v": randn(1, 7)},
+            images(5),
+            tangent,
+        ),
+        raw_case(
+            "matmul_broadcasts",
+            lambda: {"w": 0.4 * randn(2, 5, 3), "v": randn(5)},
+            images(5),
+            broadcasts,
+        ),
+        raw_case(
+            "einsum_odd_forms",
+            lambda: {"w": 0.4 * randn(5, 3), "s": 0.4 * randn(5, 5)},
+            images(5),
+            odd_einsums,
         ),
         raw_case(
             "vmap_in_the_model",

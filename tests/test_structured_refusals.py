@@ -294,6 +294,7 @@ def test_batch_dim_of_the_wrong_kind(batch_dim: Any) -> None:
 
 @pytest.mark.parametrize("name", [c.name for c in ZOO if 0 in c.batch_dims and not c.slow])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp
 def test_independent_losses_pass_the_check(name: str) -> None:
     model_fn, params, buffers, batch = BY_NAME[name].build()
     jd.check_batch_independence(model_fn, params, batch, buffers=buffers)

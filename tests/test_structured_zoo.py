@@ -14,7 +14,10 @@ from torch.utils import _pytree as pytree
 
 import jdfunc as jd
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch.func.jvp
+]
 
 
 class Truth(NamedTuple):
