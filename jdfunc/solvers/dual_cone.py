@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jdfunc.solvers.lcp import lcp
+from jdfunc.solvers.lcp import is_plain, is_tiny, lcp
 from jdfunc.solvers.precision import compute_dtype, effective_ridge
 
 __all__ = ["dual_cone"]
@@ -50,7 +50,7 @@ def dual_cone(
     ridge = effective_ridge(ridge, dtype, m)
     gramian = gramian.to(compute_dtype(gramian.device))
     bounds = bounds.to(gramian)
-    if m == 2:
+    if m == 2 and not (is_tiny(gramian, bounds.shape[-2]) and is_plain(gramian, bounds)):
         return (bounds + _two(gramian, bounds @ gramian, ridge)).to(dtype)
     if m == 0:
         return bounds.to(dtype)

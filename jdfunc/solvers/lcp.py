@@ -19,7 +19,7 @@ __all__ = ["lcp"]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of signs, where the bounds have size 1
 PIVOT_ROUNDS = 20  # after which a row goes to the descent that cannot cycle
-FLOATS_SIZE = 128  # k m² up to which Python floats beat tensor operators
+FLOATS_SIZE = 512  # k m² up to which Python floats beat tensor operators
 SPLITTING_ROWS = 8  # for fewer right-hand sides, factorising afresh costs less than splitting
 
 
@@ -65,7 +65,19 @@ def lcp(
         >>> lcp(torch.eye(2, dtype=torch.float64), q, ridge=0.0)
         tensor([[1., 0.]], dtype=torch.float64)
     """
+    if is_plain(matrix, q):
+        return torch.ops.jdfunc.lcp(matrix, q, bounds, ridge)[0]
     return _LCP.apply(matrix, q, bounds, ridge)[0]
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing is compiled, transformed or differentiated, so that the operator suffices."""
+    return not (
+        torch.compiler.is_compiling()
+        or any(tensor.requires_grad for tensor in tensors)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _LCP(torch.autograd.Function):
@@ -123,7 +135,7 @@ def _normalise(matrix: Tensor, root: Tensor, ridge: Tensor | float) -> Float[Ten
 def _search(matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float) -> tuple[Tensor, ...]:
     """The eager operator: solution, free set and the ridge used, for any leading dimensions."""
     batch, (k, m) = matrix.shape[:-2], q.shape[-2:]
-    if not batch and k * m * m <= FLOATS_SIZE and matrix.device.type == "cpu":
+    if is_tiny(matrix, k):
         found = _search_floats(matrix, q, bounds, ridge)
         if found is not None:
             return found
@@ -147,6 +159,11 @@ def _search(matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float) -> t
     free = (z > 0).reshape(*batch, k, m)
     z = torch.where(broken, torch.nan, z * (size / root))
     return z.reshape(*batch, k, m), free, ridges.reshape(batch)
+
+
+def is_tiny(matrix: Tensor, k: int) -> bool:
+    """Whether Python floats solve k right-hand sides sooner than tensor operators do."""
+    return matrix.ndim == 2 and k * matrix.numel() <= FLOATS_SIZE and matrix.device.type == "cpu"
 
 
 def _search_floats(

@@ -13,6 +13,9 @@ from jdfunc.solvers import dual_cone, lcp, quadprog
 
 RIDGE = 1e-10
 
+# Dynamo itself creates the object that its warning is about.
+quiet_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 
 def problem(family: str, m: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return samplers.gramian(samplers.draw(family, m, seed)), torch.eye(m, dtype=torch.float64) / m
@@ -167,6 +170,7 @@ def test_gradients_are_finite(family):
     assert jacobian.grad.isfinite().all()
 
 
+@quiet_dynamo
 @pytest.mark.compile
 @pytest.mark.parametrize("m", [2, 3, 30])
 def test_compiles_whole(m):
@@ -182,6 +186,7 @@ def test_compiles_whole(m):
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-9, atol=1e-9)
 
 
+@quiet_dynamo
 @pytest.mark.compile
 def test_compiles_mapped():
     gramians = torch.stack([problem("full", 4, seed)[0] for seed in range(3)])
