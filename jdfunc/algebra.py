@@ -90,9 +90,9 @@ def gram(
 
 def reversed_half(matrix: Tensor, down: torch.Size, across: torch.Size) -> Tensor:
     """Return a matrix [m, q] as the generalised Gramian [*down, *reversed(across)]."""
-    grid = matrix.reshape(*down, *across)
+    grid = matrix.reshape((*down, *across))
     n, k = len(down), len(across)
-    return grid.permute(*range(n), *range(n + k - 1, n - 1, -1))
+    return grid.permute((*range(n), *range(n + k - 1, n - 1, -1)))
 
 
 def _leaf_gram(leaf: Any, other: Any, row_ndim: int, max_block_bytes: int) -> Tensor:

@@ -21,7 +21,10 @@ def check_model(model_fn: ModelFn, params: Params) -> None:
             "expected model_fn to be a pure function (params, buffers, batch) -> losses, got the "
             f"module {type(model_fn).__name__}; wrap it: see jdfunc.model_to_function"
         )
-    for name, leaf in zip(pytrees.names(params), pytrees.leaves(params), strict=True):
+    named = zip(pytrees.names(params), pytrees.leaves(params), strict=True)
+    if pytrees.holds_none(params):
+        raise TypeError("expected every leaf of params to be a tensor, got None")
+    for name, leaf in named:
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"expected every leaf of params to be a tensor, got {type(leaf).__name__} at "

@@ -151,7 +151,7 @@ def _runs(
 
     def quietly(run: Losses) -> Losses:
         def losses(examples: Batch) -> Tensor:
-            with torch.no_grad(), Tap(named, named, rules, lambda output: output):
+            with torch.no_grad(), Tap(named, rules):
                 return run(examples)
 
         return losses

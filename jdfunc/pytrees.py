@@ -40,3 +40,8 @@ def same_structure(tree: Any, other: Any, is_leaf: Any = None) -> bool:
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
     """Return, for every leaf of ``tree``, the leaf of ``prefix`` that stands above it."""
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
+
+
+def holds_none(tree: Any) -> bool:
+    """Tell whether a tree holds None, which optree drops and torch takes for a leaf."""
+    return len(optree.tree_leaves(tree, none_is_leaf=True)) != len(optree.tree_leaves(tree))

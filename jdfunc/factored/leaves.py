@@ -99,7 +99,7 @@ def elements(leaf: Factored) -> int:
 
 def materialise(leaf: Factored) -> Tensor:
     """Return the rows themselves, [*rows, *param.shape], in the dtype of the parameter."""
-    rows = sum_of_outer(widened(leaf)).reshape(*rows_shape(leaf), *param_of(leaf).shape)
+    rows = sum_of_outer(widened(leaf)).reshape((*rows_shape(leaf), *param_of(leaf).shape))
     return rows.to(param_of(leaf).dtype)
 
 

@@ -140,7 +140,8 @@ def by_blocks(
     diagonal: five eighths of the work or less.
     """
     strips = symmetric and vectors >= SMALLEST_STRIPS
-    down = min(m, max(1, math.isqrt(cells)) if cells < m * q else m, -(-m // 4) if strips else m)
+    down = m if cells >= m * q else max(1, math.isqrt(cells))
+    down = max(1, min(m, down, -(-m // 4) if strips else m))
     across = max(1, cells // max(1, down))
 
     def strip(start: int) -> Tensor:
@@ -148,11 +149,11 @@ def by_blocks(
         end = stop if symmetric else q
         blocks = [
             products(slice(start, stop), slice(k, min(k + across, end)))
-            for k in range(0, end, across)
+            for k in range(0, max(1, end), across)
         ]
         return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 
-    rows = [strip(start) for start in range(0, m, down)]
+    rows = [strip(start) for start in range(0, max(1, m), down)]
     if len(rows) == 1:
         return rows[0]
     if not symmetric:

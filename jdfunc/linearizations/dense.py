@@ -158,5 +158,5 @@ def _rows(
     else:
         pull = torch.vmap(lambda unit: pullback(unit.reshape(losses.shape)), chunk_size=chunk_size)
         flat = list(pull(units))
-    rows = [row.reshape(*losses.shape, *v.shape) for row, v in zip(flat, values, strict=True)]
+    rows = [row.reshape((*losses.shape, *v.shape)) for row, v in zip(flat, values, strict=True)]
     return value, restore(rows), aux

@@ -15,7 +15,7 @@ def of_rows(
 
     def gram() -> Tensor:
         if not pytrees.leaves(rows, algebra.is_rows):  # no parameters: J has no columns
-            return losses.new_zeros(*losses.shape, *reversed(losses.shape))
+            return losses.new_zeros((*losses.shape, *reversed(losses.shape)))
         return algebra.gram(rows, row_ndim=losses.ndim, max_block_bytes=max_block_bytes)
 
     def combine(weights: Tensor) -> Params:

@@ -108,7 +108,7 @@ def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
     alike = len({_matrix_shape(use) for use in uses}) == 1
     if name not in run.rows and alike:
         return uses[0] if len(uses) == 1 else Tied(tuple(uses))
-    dense_rows = [factored.materialise(use).reshape(*shape, *param.shape) for use in uses]
+    dense_rows = [factored.materialise(use).reshape((*shape, *param.shape)) for use in uses]
     return sum(dense_rows[1:], dense_rows[0]) + run.rows.get(name, 0)
 
 

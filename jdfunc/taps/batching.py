@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jdfunc.taps.embedding import embedding
 from jdfunc.taps.tap import Rule, Tap
 
 
@@ -35,18 +36,34 @@ def batch_norm(
     )
 
 
-def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
-    """Rule of lstm, gru and rnn: `vmap` needs a state that belongs to the example, as input does.
+def scaled_embedding(
+    tap: Tap, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Rule of `F.embedding`: gradients scaled by frequencies in the batch couple the examples."""
+    if kwargs.get("scale_grad_by_freq") or (len(args) > 3 and args[3]):
+        raise ValueError(
+            "expected losses that depend on one example each because batch_dim is given, but an "
+            "embedding with scale_grad_by_freq=True couples the examples of the batch; use "
+            "batch_dim=None or leave it out"
+        )
+    return embedding(tap, func, input, weight, *args, **kwargs)
 
-    The kernels write into products of the state in place.
+
+def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
+    """Rule of lstm, gru, rnn and their cells: the state must belong to the example, as input does.
+
+    The kernels write into products of the state in place, which `torch.vmap` refuses otherwise.
     """
-    if isinstance(args[0], (list, tuple)):  # the padded form: (input, hx, params, ...)
+    packed = isinstance(args[0], Tensor) and not isinstance(hx, (list, tuple)) and func not in CELLS
+    if not packed:  # a packed sequence comes as (data, batch_sizes, hx, params, ...)
         zero = torch.zeros_like(input).sum()
         hx = hx + zero if isinstance(hx, Tensor) else [h + zero for h in hx]
     return tap.call(func, input, hx, *args)
 
 
+CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 RULES: dict[Any, Rule] = {
     F.batch_norm: batch_norm,
-    **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], recurrent),
+    F.embedding: scaled_embedding,
+    **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, *CELLS], recurrent),
 }

@@ -87,7 +87,7 @@ def _layout(
 
 def _side(tensor: Tensor, axes: Axes, *parts: Axes) -> Tensor:
     """Lay a tensor out as [h, s, i], each the product of the axes of one part."""
-    ordered = tensor.permute([list(axes).index(a) for part in parts for a in part])
+    ordered = tensor.permute(tuple(list(axes).index(a) for part in parts for a in part))
     sizes = dict(zip(axes, tensor.shape, strict=True))
     shape = []
     for part in parts:
@@ -119,10 +119,15 @@ def linear(tap: Tap, func: Any, input: Tensor, weight: Tensor, bias: Tensor | No
     )
 
 
-def matmul(tap: Tap, func: Any, input: Tensor, other: Any, **kwargs: Any) -> Any:
+def matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Rule of the matrix products: x W and W x, for any number of axes of either."""
-    if kwargs or not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        return tap.call(func, input, other, **kwargs)
+    named = [kwargs[k] for k in ("input", "self", "other", "mat2", "vec", "tensor2") if k in kwargs]
+    operands = [*args, *named]
+    if len(args) + len(kwargs) != 2 or len(operands) != 2:
+        return tap.call(func, *args, **kwargs)
+    input, other = operands
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return tap.call(func, *args, **kwargs)
     left, right = tap.find(input), tap.find(other)
     if (left is None) == (right is None) or input.ndim == 0 or other.ndim == 0:
         return tap.call(func, input, other)
@@ -194,6 +199,24 @@ def _letters(term: str, lead: list[str]) -> list[str]:
     return [*before, *(lead if dots else []), *after]
 
 
+def bilinear(
+    tap: Tap, func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Rule of `F.bilinear`: y_o = x₁ᵀ W_o x₂, a contraction with the products of x₁ and x₂."""
+    if bias is not None:
+        tap.note(func, (bias,), {})
+    pairs = input1[..., :, None] * input2[..., None, :]
+    s = _positions(input1.ndim - 1)
+
+    def call(w: Tensor) -> Tensor:
+        y = torch.einsum("...ij,oij->...o", pairs, w)
+        return y if bias is None else y + bias
+
+    return contraction(
+        tap, func, call, (pairs, [*s, "i1", "i2"]), (weight, ["j", "i1", "i2"]), [*s, "j"]
+    )
+
+
 def transpose(tap: Tap, func: Any, input: Tensor, *dims: Any, **kwargs: Any) -> Any:
     """Rule of the transposes: a transposed matrix is still its parameter."""
     found = tap.find(input)
@@ -205,6 +228,7 @@ def transpose(tap: Tap, func: Any, input: Tensor, *dims: Any, **kwargs: Any) -> 
 
 RULES: dict[Any, Rule] = {
     F.linear: linear,
+    F.bilinear: bilinear,
     torch.einsum: einsum,
     torch.addmm: addmm,
     Tensor.addmm: addmm,

@@ -23,15 +23,15 @@ def embedding(
 ) -> Tensor:
     """Rule of `F.embedding`; the row of ``padding_idx`` gets no gradient, as in torch."""
     found = tap.find(weight)
-    if found is None or found.transposed:
+    if found is None or found.transposed or scale_grad_by_freq:
+        # Frequencies are counted in the batch; what autograd makes of them has no factored form.
         return tap.call(
             func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
-    if max_norm is not None or scale_grad_by_freq:
+    if max_norm is not None:
         raise ValueError(
-            f"expected an embedding {found.name!r} without max_norm and scale_grad_by_freq: the "
-            "first rewrites its parameter, the second scales gradients by the batch, so neither "
-            "has a Jacobian; leave them out"
+            f"expected an embedding {found.name!r} without max_norm, which rewrites its parameter "
+            "in place at every call; renormalise between steps instead"
         )
 
     def call(w: Tensor) -> Tensor:

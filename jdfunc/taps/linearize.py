@@ -52,6 +52,8 @@ def tapped(
         The losses and the pieces of their Jacobian.
     """
     rules = {**RULES, **ONE_EXAMPLE_RULES} if one_example else RULES
+    if not params:
+        return Tapped(*losses_fn(params), {}, {})
     run = _traced if torch.compiler.is_compiling() else _eager
     return run(losses_fn, params, rules, chunk_size)
 
@@ -74,7 +76,7 @@ def _eager(
             edges.append(get_gradient_edge(output))  # an edge outlives what is written in place
             return output
 
-        tap = Tap(given, dict(zip(names, shadows, strict=True)), rules, observe)
+        tap = Tap(given, rules, dict(zip(names, shadows, strict=True)), observe)
         with tap:
             losses, aux = losses_fn(given)
         check_depends(losses, params)
@@ -109,15 +111,22 @@ def _traced(
     For the compiler: it cannot trace autograd inside a transform, and drops the first run, which
     is there for the shapes of the probes and to see which parameters have other uses.
     """
+    surveys: list[Tap] = []
     shapes: list[Tensor] = []
 
     def measure(output: Tensor) -> Tensor:
         shapes.append(output)
         return output
 
-    survey = Tap(params, params, rules, measure)
-    with survey:
-        losses_fn(params)
+    def look(params: Named) -> Tensor:
+        survey = Tap(params, rules, params, measure)
+        with survey:
+            losses, _ = losses_fn(params)
+        surveys.append(survey)
+        return losses
+
+    torch.func.vjp(look, params)
+    (survey,) = surveys
     probes = [output.new_zeros(()).expand(output.shape) for output in shapes]
     recognised = {use.name for use in survey.uses} - set(survey.other_uses)
     others = {name: param for name, param in params.items() if name not in recognised}
@@ -125,7 +134,7 @@ def _traced(
     def run(probes: list[Tensor], others: Named) -> tuple[Tensor, Any]:
         given = {name: others.get(name, param) for name, param in params.items()}
         waiting = iter(probes)
-        tap = Tap(given, params, rules, lambda output: output + next(waiting))
+        tap = Tap(given, rules, params, lambda output: output + next(waiting))
         with tap:
             losses, aux = losses_fn(given)
         return losses, (losses, aux, [use.given for use in tap.uses])
@@ -141,11 +150,11 @@ def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: in
     m = losses.numel()
     if m == 1:
         one = pullback(torch.ones_like(losses))
-        return _map(lambda grad: grad.reshape(*losses.shape, *grad.shape), one)
+        return _map(lambda grad: grad.reshape((*losses.shape, *grad.shape)), one)
     units = torch.eye(m, dtype=losses.dtype, device=losses.device)
     units = units.reshape(m, *losses.shape)
     each = torch.vmap(pullback, chunk_size=chunk_size)(units)
-    return _map(lambda grads: grads.reshape(*losses.shape, *grads.shape[1:]), each)
+    return _map(lambda grads: grads.reshape((*losses.shape, *grads.shape[1:])), each)
 
 
 def _map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -2,19 +2,23 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from jdfunc.taps import attention, batching, contraction, convolution, embedding
 from jdfunc.taps.tap import Rule, Tap
 
 #: What a model needs to be differentiated for many losses at once.
-VMAP_RULES: dict[Any, Rule] = attention.RULES
+VMAP_RULES: dict[Any, Rule] = {
+    **attention.RULES,
+    **embedding.RULES,
+    F.bilinear: contraction.bilinear,
+}
 
 #: What keeps a parameter's rows factored.
 RULES: dict[Any, Rule] = {
     **contraction.RULES,
     **convolution.RULES,
-    **embedding.RULES,
     **VMAP_RULES,
 }
 
@@ -33,4 +37,4 @@ def vmappable(named: dict[str, Tensor], *, one_example: bool) -> Tap:
         The tap, to be entered around the model.
     """
     rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES} if one_example else VMAP_RULES
-    return Tap(named, named, rules, lambda output: output)
+    return Tap(named, rules)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 
 from jdfunc.factored.leaves import OneHot, Side
@@ -54,23 +55,25 @@ class Tap(TorchFunctionMode):
 
     Args:
         params: the tensors that the model is given, by name.
-        shadows: tensors equal to them, by name.
         rules: what to do at a call of a function; the function itself is called at others.
+        shadows: tensors equal to the params, by name; None keeps no uses. Where they are given,
+            the tap is made inside a transform of `torch.func`.
         observe: called with the output of every use; what it returns goes on into the model.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        shadows: Mapping[str, Tensor],
         rules: Mapping[Any, Rule],
-        observe: Callable[[Tensor], Tensor],
+        shadows: Mapping[str, Tensor] | None = None,
+        observe: Callable[[Tensor], Tensor] = lambda output: output,
     ) -> None:
         super().__init__()
         self.names = {id(param): Parameter(name, False) for name, param in params.items()}
-        self.shadows = shadows
         self.rules = rules
+        self.shadows = shadows
         self.observe = observe
+        self.level = None if shadows is None else transform_level()
         self.uses: list[Use] = []
         self.other_uses: dict[str, list[str]] = {}
         self.views: list[Tensor] = []  # transposed views, held so that their ids stay theirs
@@ -122,11 +125,15 @@ class Tap(TorchFunctionMode):
         activations_first: bool,
     ) -> Tensor:
         """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
+        if self.shadows is None:
+            return call(weight)
+        if transform_level() != self.level:
+            # Below a transform of the model's own, whose cotangents are not those of the losses.
+            return self.call(call, weight)
         shadow = self.shadows[found.name]
         output = call(shadow.mT if found.transposed else shadow)
         compiling = torch.compiler.is_compiling()
-        if not (compiling or output.requires_grad):
-            # Inside no_grad, or below a transform of the model's own: not ours to differentiate.
+        if not (compiling or output.requires_grad):  # inside no_grad
             return self.call(call, weight)
         self.uses.append(
             Use(
@@ -142,3 +149,8 @@ class Tap(TorchFunctionMode):
             )
         )
         return self.observe(output)
+
+
+def transform_level() -> int:
+    """Return how many transforms of `torch.func` are around, one at least, compiled or not."""
+    return retrieve_current_functorch_interpreter().level()
