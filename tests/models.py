@@ -1050,6 +1050,7 @@ def _spelling_cases() -> list[Case]:
             torch.einsum("io,b...i->bo...", w, x[:, None]),
             torch.einsum("bi->b", x * w[:, 0]),
             torch.einsum("bi,io->bo", x[:, :1], w),  # an axis of size one broadcasts
+            torch.einsum("bij,io->bo", x[:, :, None] * x[:, None, :2], w),  # j is summed alone
         ]
         return sum(
             readout((0.5 + 0.1 * k) * out.reshape(x.shape[0], -1)) for k, out in enumerate(outs)
