@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jdfunc.solvers.pivoting import MASKED_SIZE, descend, pivot, solve_masked
+from jdfunc.solvers.pivoting import descend, pivot, solve_masked
 from jdfunc.solvers.scalar import pivot_floats
 from jdfunc.solvers.splitting import douglas_rachford
 
 __all__ = ["lcp"]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of signs, where the bounds have size 1
-PIVOT_ROUNDS = 20  # after which a row goes to the descent that cannot cycle
+PIVOT_ROUNDS = 12  # after which a row goes to the descent that cannot cycle
+DIRECT_SIZE = 32  # m up to which pivoting needs no first guess, and a batch goes in one piece
 FLOATS_SIZE = 512  # k m² up to which Python floats beat tensor operators
 SPLITTING_ROWS = 8  # for fewer right-hand sides, factorising afresh costs less than splitting
 
@@ -33,7 +34,7 @@ def lcp(
     """The z with z ≥ 0, y = A_r z + q ≥ 0, zᵀy = 0, for k right-hand sides that share one matrix.
 
     A_r = A + ridge · diag(A): with D = diag(A)^½ the problem solved is the one of S + ridge · I, S
-    = D⁻¹AD⁻¹, so nothing depends on the scale of a row. Up to m = 28: block principal pivoting.
+    = D⁻¹AD⁻¹, so nothing depends on the scale of a row. Up to m = 32: block principal pivoting.
     Above: Douglas–Rachford splitting in float32 guesses the free sets, and pivoting verifies and
     corrects them in the dtype of `matrix`. Rows that pivoting leaves are finished by active-set
     descent.
@@ -150,7 +151,7 @@ def _search(matrix: Tensor, q: Tensor, bounds: Tensor | None, ridge: float) -> t
     size = size.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1)
     q = q / (root * size)
-    if m <= MASKED_SIZE:
+    if m <= DIRECT_SIZE:
         shared = normal if len(normal) == 1 else normal.repeat_interleave(k, 0)
         z = _solve_rows(shared, q.reshape(-1, m))
     else:
@@ -191,7 +192,7 @@ def _solve_rows(matrix: Tensor, q: Tensor) -> Float[Tensor, "rows m"]:
     start = torch.zeros_like(q)
     if not free.any():
         return start
-    if q.shape[-1] > MASKED_SIZE and len(q) >= SPLITTING_ROWS:
+    if q.shape[-1] > DIRECT_SIZE and len(q) >= SPLITTING_ROWS:
         guess = douglas_rachford(matrix[0].float(), q.float(), tol=3e-4, max_iters=300)
         free = (guess > 0) & free.any(-1, keepdim=True)
         start = torch.where(free, guess.to(q.dtype), 0)

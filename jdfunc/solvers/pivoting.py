@@ -16,7 +16,7 @@ Rows = Float[Tensor, "rows m"]
 Sets = Bool[Tensor, "rows m"]
 Shared = Float[Tensor, "1|rows m m"]
 
-MASKED_SIZE = 28  # up to this m, padding every F to m costs less than gathering F
+MASKED_SIZE = 40  # up to this m, padding every F to m costs less than gathering F
 MOSTLY_FREE = 0.7  # beyond this share of m, S_FF⁻¹ comes cheaper from S⁻¹ and the few bound indices
 FULL_ROUNDS = 5  # of small problems, where dropping finished rows costs more than repeating them
 CHUNK_ELEMENTS = 1 << 22  # bounds the memory of one batch of factorisations

@@ -10,7 +10,7 @@ __all__ = ["douglas_rachford"]
 
 RELAXATION = 1.95
 FLOOR = 1e-5  # share of the largest eigenvalue below which others need not be told apart
-PERIOD = 10  # iterations between two looks at the increment
+PERIOD = 10  # iterations between two looks
 
 
 def douglas_rachford(
@@ -19,8 +19,8 @@ def douglas_rachford(
     """X with max(X, 0) ≈ z and max(−X, 0) ≈ y/ρ, where z ≥ 0, y = S z + q ≥ 0, zᵀy = 0 in each row.
 
     Repeats X ← X + 1.95 (|X| B + C − max(X, 0)) with B = ρ (S + ρI)⁻¹ and C = −q (S + ρI)⁻¹: one
-    matrix product per step for all rows. ρ = √(λ_min λ_max) balances the slowest modes at both ends
-    of the spectrum.
+    matrix product per step for all rows, until no sign changes over a period or the increments stay
+    below `tol`. ρ = √(λ_min λ_max) balances the slowest modes at both ends of the spectrum.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     largest = _top_eigenvalue(lambda x: matrix @ x, eye)
@@ -29,12 +29,14 @@ def douglas_rachford(
     rho = (smallest * largest).sqrt()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix + rho * eye).L)
     shift, inverse = -q @ inverse, rho * inverse
-    x = shift.clone()
+    x, free = shift.clone(), shift > 0
     for i in range(1, max_iters + 1):
         step = torch.addmm(shift, x.abs(), inverse).sub_(x.relu())
         x.add_(step, alpha=RELAXATION)
-        if i % PERIOD == 0 and step.abs().amax() < tol:
-            break
+        if i % PERIOD == 0:
+            before, free = free, x > 0
+            if torch.equal(before, free) or step.abs().amax() < tol:
+                break
     return x
 
 

@@ -1,8 +1,9 @@
 """Cost of the weightings against TorchJD: CPU process time, one thread, interleaved runs.
 
-    python tests/benchmarks/bench_weightings.py [--quick]
+    python tests/benchmarks/bench_weightings.py [--quick] [--only upgrad] [--sizes 2,64]
 
-Prints, per method, mode and m, the time in milliseconds and the ratio TorchJD / jdfunc over the families: geometric mean, worst.
+Prints, per method, mode and m, the time in milliseconds and the ratio TorchJD / jdfunc over the
+families: geometric mean and worst.
 """
 
 import argparse
@@ -62,9 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="m up to 64, a few families")
     parser.add_argument("--only", default="", help="methods whose name starts so")
+    parser.add_argument("--sizes", default="", help="comma-separated m in place of 2 to 256")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes = (2, 3, 4, 8, 16, 32, 64) if options.quick else (2, 3, 4, 8, 16, 24, 32, 64, 128, 256)
+    if options.sizes:
+        sizes = tuple(int(m) for m in options.sizes.split(","))
     families = FAMILIES[::3] if options.quick else FAMILIES
     budget = 0.05 if options.quick else 0.3
     print(f"{'method':<16}{'m':>5}{'ms (median)':>13}{'ratio':>9}{'worst':>8}  worst family")

@@ -8,6 +8,8 @@ import samplers
 import torch
 from hypothesis import given, settings
 from properties import assert_kkt
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from jdfunc.solvers import dual_cone, lcp, quadprog
 
@@ -202,3 +204,25 @@ def test_operator_passes_opcheck():
         (gramian, bounds @ gramian, bounds, RIDGE),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("m", [2, 3, 40])
+def test_traces_without_reading_values(m):
+    gramian, bounds = problem("full", m)
+    with FakeTensorMode():
+        assert dual_cone(torch.empty(m, m), torch.empty(m, m)).shape == (m, m)
+        assert dual_cone(torch.empty(4, m, m), torch.empty(4, m, m)).shape == (4, m, m)
+    traced = make_fx(lambda g, b: dual_cone(g, b))(gramian, bounds)
+    other, _ = problem("camps", m)
+    torch.testing.assert_close(
+        traced(other, bounds), dual_cone(other, bounds), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_refused_not_dropped():
+    gramian, bounds = problem("full", 3)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda g: dual_cone(g, bounds), (gramian,), (gramian,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        dual_cone(torch.autograd.forward_ad.make_dual(gramian, gramian), bounds)
