@@ -73,11 +73,8 @@ def gram(
         raise ValueError("expected rows with at least one leaf, got an empty pytree")
     if other is not None:
         theirs = pytrees.leaves(other, is_rows)
-        if len(mine) != len(theirs):
-            raise ValueError(
-                f"expected two pytrees of rows of the same params, got {len(mine)} leaves and "
-                f"{len(theirs)}"
-            )
+        if not pytrees.same_structure(rows, other, is_rows):
+            raise ValueError("expected two pytrees of rows of the same structure")
     total: Tensor | None = None
     for k, leaf in enumerate(mine):
         block = _leaf_gram(leaf, None if theirs is None else theirs[k], row_ndim, max_block_bytes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jdfunc import pytrees
-from jdfunc.types import Buffers, ModelFn, Params
+from jdfunc.types import Batch, Buffers, ModelFn, Params
 
 
 def check_model(model_fn: ModelFn, params: Params) -> None:
@@ -48,8 +48,29 @@ def check_losses(losses: Any) -> None:
         raise ValueError(f"expected floating-point losses, got {losses.dtype}")
 
 
-def split_aux(output: Any, has_aux: bool) -> tuple[Tensor, Any]:
-    """Return losses and aux of what model_fn returned, checked."""
+def run_model(
+    model_fn: ModelFn, params: Params, buffers: Buffers, batch: Batch, has_aux: bool
+) -> tuple[Tensor, Any]:
+    """Run the model on copies of the buffers: losses and aux, checked.
+
+    A model that writes to its buffers (BatchNorm in training mode) writes to the copies; it hands
+    new values out through aux.
+
+    Args:
+        model_fn: the model.
+        params: its parameters.
+        buffers: its buffers.
+        batch: its batch.
+        has_aux: whether it returns (losses, aux).
+
+    Returns:
+        ``(losses, aux)``; aux is ``()`` without ``has_aux``.
+
+    Raises:
+        TypeError: the model does not return a tensor, or (tensor, aux).
+        ValueError: losses are not floating point.
+    """
+    output = model_fn(params, pytrees.map(Tensor.clone, buffers), batch)
     if has_aux:
         if not isinstance(output, tuple) or len(output) != 2:
             raise TypeError(
@@ -76,7 +97,7 @@ def check_depends(losses: Tensor, params: Params) -> None:
         )
 
 
-def buffers_or_empty(buffers: Buffers | None) -> Buffers:
+def check_buffers(buffers: Buffers | None) -> Buffers:
     """Return the buffers, checked to hold tensors; an empty dict for None."""
     if buffers is None:
         return {}
@@ -87,3 +108,10 @@ def buffers_or_empty(buffers: Buffers | None) -> Buffers:
                 f"{name!r}"
             )
     return buffers
+
+
+def check_positive(**sizes: int | None) -> None:
+    """Check that sizes are positive where they are given."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"expected {name} to be positive, got {size}")

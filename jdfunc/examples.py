@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jdfunc import pytrees
-from jdfunc.checks import split_aux
+from jdfunc.checks import run_model
 from jdfunc.types import Batch, Buffers, ModelFn, Params
 
 
@@ -31,14 +31,19 @@ def batch_dims(batch: Batch, batch_dim: Any) -> list[int | None]:
         TypeError: an axis that is not an int or None.
     """
     values = pytrees.leaves(batch)
-    if isinstance(batch_dim, int):
+    if isinstance(batch_dim, int) and not isinstance(batch_dim, bool):
         dims = [batch_dim if isinstance(v, Tensor) and v.ndim else None for v in values]
     else:
-        dims = pytrees.broadcast_prefix(batch_dim, batch)
+        try:
+            dims = pytrees.broadcast_prefix(batch_dim, batch)
+        except ValueError as error:
+            raise ValueError(
+                f"expected batch_dim to be an int or a pytree prefix of the batch: {error}"
+            ) from None
     for value, dim in zip(values, dims, strict=True):
         if dim is None:
             continue
-        if not isinstance(dim, int) or not isinstance(value, Tensor):
+        if not isinstance(dim, int) or isinstance(dim, bool) or not isinstance(value, Tensor):
             raise TypeError(
                 "expected batch_dim to give an int for every tensor with an example axis and None "
                 f"for the rest, got {dim!r} for a {type(value).__name__}"
@@ -102,34 +107,40 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
     )([v for v, _ in mapped])
 
 
-def losses_of_one(
-    model_fn: ModelFn, params: Params, buffers: Buffers, example: Batch, has_aux: bool
-) -> tuple[Tensor, Any]:
-    """Run the model on a batch of one: its losses [*rest] without the example axis, and aux.
+Run = Callable[[Params, Batch], tuple[Tensor, list[Tensor]]]
+
+
+def losses_function(
+    model_fn: ModelFn, buffers: Buffers, *, has_aux: bool, by_example: bool
+) -> tuple[Run, Callable[[list[Tensor]], Any]]:
+    """Bind a model to its buffers as a function that transforms can take: tensors in, tensors out.
 
     Args:
         model_fn: the model.
-        params: its parameters.
         buffers: its buffers.
-        example: a batch of one example.
-        has_aux: whether the model returns (losses, aux).
+        has_aux: whether it returns (losses, aux).
+        by_example: whether it is run on batches of one; then losses lose their example axis, and
+            tensors of aux their leading axis of size one.
 
     Returns:
-        ``(losses, aux)``, aux tensors without a leading axis of size one.
-
-    Raises:
-        ValueError: the losses do not have one entry along the first axis.
+        ``(run, restore_aux)``: ``run(params, batch) -> (losses [*rows], tensors of aux)``, and what
+        makes aux of its tensors again.
     """
-    losses, aux = split_aux(model_fn(params, buffers, example), has_aux)
-    if losses.ndim == 0 or losses.shape[0] != 1:
-        raise ValueError(
-            "expected losses with one entry per example along their first axis because batch_dim "
-            f"is given, got losses of shape {tuple(losses.shape)} for a batch of one example; use "
-            'reduction="none", or batch_dim=None for losses that are means over the batch'
-        )
+    structure: list[Callable[[list[Tensor]], Any]] = []
 
-    def unbatched(leaf: Any) -> Any:
-        leading = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
-        return leaf.squeeze(0) if leading else leaf
+    def run(params: Params, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        losses, aux = run_model(model_fn, params, buffers, batch, has_aux)
+        tensors, restore = pytrees.partition(aux, lambda leaf: isinstance(leaf, Tensor))
+        structure.append(restore)
+        if not by_example:
+            return losses, tensors
+        if losses.ndim == 0 or losses.shape[0] != 1:
+            raise ValueError(
+                "expected losses with one entry per example along their first axis because "
+                f"batch_dim is given, got losses of shape {tuple(losses.shape)} for a batch of one "
+                'example; use reduction="none", or batch_dim=None for losses that are means over '
+                "the batch"
+            )
+        return losses.squeeze(0), [t.squeeze(0) if t.shape[:1] == (1,) else t for t in tensors]
 
-    return losses.squeeze(0), pytrees.map(unbatched, aux)
+    return run, lambda tensors: structure[-1](tensors)

@@ -27,7 +27,8 @@ def model_to_function(
     Returns:
         ``(apply_fn, params, buffers)`` with ``apply_fn(params, buffers, *args, **kwargs) ->
         (outputs, new_buffers)``, and flat dicts of detached tensors by dotted name (they share
-        memory with the module; nothing here writes to them).
+        memory with the module; nothing here writes to them). ``apply_fn`` raises ValueError for a
+        name or a shape that the module does not have; parameters left out keep its own values.
 
     Raises:
         TypeError: ``module`` is not an `nn.Module`.
@@ -44,13 +45,35 @@ def model_to_function(
     def apply_fn(
         params: dict[str, Tensor], buffers: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
+        _check_names("param", params, own_params, partial=True)
+        _check_names("buffer", buffers, own_buffers, partial=False)
         new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         outputs = torch.func.functional_call(module, (params, new_buffers), args, kwargs)
         return outputs, new_buffers
 
+    own_params = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
+    own_buffers = {name: b.shape for name, b in module.named_buffers()}
     params = {name: param.detach() for name, param in module.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
     return apply_fn, params, buffers
+
+
+def _check_names(
+    kind: str, given: dict[str, Tensor], own: dict[str, torch.Size], *, partial: bool
+) -> None:
+    """Check names and shapes of tensors against those of the module."""
+    unknown = [name for name in given if name not in own]
+    missing = [] if partial else [name for name in own if name not in given]
+    if unknown or missing:
+        raise ValueError(
+            f"expected the {kind}s of the module by name, got unknown names {unknown} and missing "
+            f"names {missing}; start from what model_to_function returned"
+        )
+    for name, tensor in given.items():
+        if tensor.shape != own[name]:
+            raise ValueError(
+                f"expected {kind} {name!r} of shape {tuple(own[name])}, got {tuple(tensor.shape)}"
+            )
 
 
 def assign_grads(target: nn.Module | Params, grads: Params) -> None:

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jdfunc import pytrees
-from jdfunc.checks import buffers_or_empty, check_model, split_aux
-from jdfunc.examples import for_each_example, losses_of_one, num_examples, select
+from jdfunc.checks import check_buffers, check_model
+from jdfunc.examples import for_each_example, losses_function, num_examples, select
 from jdfunc.taps.rules import ONE_EXAMPLE_RULES, VMAP_RULES
 from jdfunc.taps.tap import Rule, Tap
 from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
 
-Losses = Callable[[Batch], Tensor]
+#: Every step compares one example in so many with a batch of them, and `FEWEST` at least.
+ONE_IN, FEWEST = 8, 8
 
 
 def check_batch_independence(
@@ -28,10 +29,14 @@ def check_batch_independence(
 ) -> None:
     """Check that every loss depends on its own example, by running examples alone and together.
 
-    The losses of the batch are compared with those of each example run as a batch of one. Where
-    they differ, a pair of examples is looked for that shows it. Independence is about values, not
-    layouts: sequence-first tensors and reshapes to ``[B·T, d]`` pass. Dropout is left out of both
-    runs; a model that draws other random numbers cannot be compared with itself and passes.
+    The losses of the whole batch are compared with those of each example run as a batch of one,
+    and so is the gradient of a sum of them with uneven weights. Where losses differ, a pair of
+    examples is looked for that shows it. Independence is about values, not layouts: sequence-first
+    tensors and reshapes to ``[B·T, d]`` pass. Dropout is left out of all runs; a model that draws
+    other random numbers cannot be compared with itself and passes.
+
+    `jdfunc.structured` and `jdfunc.dense` do the first comparison at every step for an eighth of
+    the examples, eight at least, evenly spaced.
 
     Args:
         model_fn: pure function ``(params, buffers, batch) -> losses [batch, ...]``.
@@ -43,10 +48,11 @@ def check_batch_independence(
 
     Raises:
         ValueError: the loss of some example changes with another by more than 3 √eps of the
-            largest loss: the text names the pair, or the module that couples the batch.
+            largest loss, or the gradient does: the text names the pair, or the module that couples
+            the batch.
         TypeError: ``model_fn`` is no function, or does not return a tensor.
 
-    Cost: two forward passes without gradients.
+    Cost: two forward and two backward passes.
 
     Example:
         >>> def coupled(params, buffers, batch):
@@ -54,23 +60,38 @@ def check_batch_independence(
         >>> check_batch_independence(coupled, torch.ones(2), torch.eye(2) * torch.tensor([1, 3]))
         Traceback (most recent call last):
             ...
-        ValueError: expected losses that depend on one example each because batch_dim is given, but
-        the loss of example 0 is another when it is run together with example 1; ...
+        ValueError: expected losses that depend on one example each because batch_dim is given, ...
     """
     check_model(model_fn, params)
-    alone, together = _runs(model_fn, params, buffers_or_empty(buffers), batch_dim, has_aux)
+    given, size = check_buffers(buffers), num_examples(batch, batch_dim)
+    alone, together, _ = _runs(model_fn, given, batch_dim, has_aux)
+    if size == 0:
+        return
 
     def coupled(examples: list[int]) -> list[int]:
         part = select(batch, batch_dim, torch.tensor(examples))
-        first, second = together(part), together(part)
+        with torch.no_grad():
+            first, second = together(params, part), together(params, part)
         if bool(_differ(first, second).any()):  # random beyond dropout
             return []
-        return _differ(alone(part), first).nonzero().flatten().tolist()
+        return _differ(alone(params, part).detach(), first).nonzero().flatten().tolist()
 
-    everyone = list(range(num_examples(batch, batch_dim)))
-    for i in coupled(everyone) if everyone else []:
-        j = next((j for j in everyone if j != i and coupled([i, j])), None)
-        _raise_coupled(i, "others" if j is None else f"example {j}")
+    everyone = list(range(size))
+    for i in coupled(everyone):
+        pair = next(([i, j] for j in everyone if j != i and coupled([i, j])), [])
+        _raise_coupled(i, f"example {pair[1]}" if pair else "the others")
+    first, second = _gradients(alone, params, batch), _gradients(together, params, batch)
+    scale = max((float(g.abs().max()) for g in first if g.numel()), default=0.0)
+    for a, b in zip(first, second, strict=True):
+        if a.numel() and float((a - b).abs().max()) > _tolerance(a) * scale:
+            raise ValueError(
+                "expected losses that depend on one example each because batch_dim is given, but "
+                f"gradients of the {size} examples run alone and together differ, though losses "
+                "do not; use batch_dim=None"
+            )
+
+
+Losses = Callable[[Params, Batch], Tensor]
 
 
 def guarded(
@@ -82,7 +103,7 @@ def guarded(
     batch_dim: Any,
     has_aux: bool,
 ) -> Linearization:
-    """Guard a linearization by examples: compare the first and last example with a batch of two.
+    """Guard a linearization by examples: compare some of its losses with those of a batch of them.
 
     What is computed from coupled examples is a wrong number. It is an error where the comparison
     can be read at once; in a compiled function, under an outer `torch.vmap`, and on accelerators,
@@ -98,22 +119,27 @@ def guarded(
         has_aux: whether the model returns (losses, aux).
 
     Returns:
-        The linearization, or one that gives NaN if the two examples are coupled.
+        The linearization, or one that gives NaN if examples are coupled.
     """
     size = lin.losses.shape[0]
     if size < 2:
         return lin
-    part = select(batch, batch_dim, torch.tensor([0, size - 1], device=lin.losses.device))
-    met: list[bool] = []
-    alone, together = _runs(model_fn, params, buffers, batch_dim, has_aux, met)
-    of_pair = together(part)
-    own = alone(part) if met else lin.losses[:: size - 1].detach()
-    differ = _differ(own, of_pair).any()
+    count = min(size, max(FEWEST, size // ONE_IN))
+    chosen = [k * (size - 1) // (count - 1) for k in range(count)]
+    part = select(batch, batch_dim, torch.tensor(chosen, device=lin.losses.device))
+    alone, together, dropouts = _runs(model_fn, buffers, batch_dim, has_aux)
+    with torch.no_grad():
+        of_part = together(params, part)
+    own = alone(params, part).detach() if dropouts else lin.losses[chosen].detach()
+    differ = _differ(own, of_part)
     if _readable(differ):
-        if bool(differ) and not bool(_differ(of_pair, together(part)).any()):
-            _raise_coupled(0, f"example {size - 1}")
+        if bool(differ.any()):
+            with torch.no_grad():
+                random = bool(_differ(of_part, together(params, part)).any())
+            if not random:
+                _raise_coupled(chosen[int(differ.nonzero()[0])], f"examples {chosen}")
         return lin
-    doubt = torch.where(differ, torch.nan, 0.0).to(lin.losses.dtype)
+    doubt = torch.where(differ.any(), torch.nan, 0.0).to(lin.losses.dtype)
     return lin._replace(
         losses=lin.losses + doubt,
         gram=lambda: lin.gram() + doubt,
@@ -126,70 +152,87 @@ def _readable(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     try:
-        bool(tensor)
+        bool(tensor.any())
     except RuntimeError:  # under an outer torch.vmap
         return False
     return True
 
 
 def _runs(
-    model_fn: ModelFn,
-    params: Params,
-    buffers: Buffers,
-    batch_dim: Any,
-    has_aux: bool,
-    met: list[bool] | None = None,
-) -> tuple[Losses, Losses]:
-    """Return the losses of each example run alone, and run together, without dropout.
+    model_fn: ModelFn, buffers: Buffers, batch_dim: Any, has_aux: bool
+) -> tuple[Losses, Losses, list[str]]:
+    """Return the losses of examples run alone, and run together, both without dropout.
 
-    A dropout that is left out is noted in ``met``.
+    The third result fills with the dropouts that were left out.
     """
-    values = pytrees.leaves(params)
-    named = dict(zip(pytrees.names(params), values, strict=True))
-    dropout = _without_dropout([] if met is None else met)
-    rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES, **dropout}
+    dropouts: list[str] = []
+    rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES, **_without_dropout(dropouts)}
+    runs = [
+        losses_function(model_fn, buffers, has_aux=has_aux, by_example=by_example)[0]
+        for by_example in (True, False)
+    ]
 
-    def quietly(run: Losses) -> Losses:
-        def losses(examples: Batch) -> Tensor:
-            with torch.no_grad(), Tap(named, rules):
-                return run(examples)
+    def tapped(run: Any, params: Params, batch: Batch) -> Tensor:
+        named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
+        tap = Tap(named, rules)
+        with tap:
+            return run(params, batch)[0]
 
-        return losses
+    def alone(params: Params, batch: Batch) -> Tensor:
+        # Differentiated, as in a linearization: some kernels have batching rules only then.
+        def one(example: Batch) -> Tensor:
+            values, restore = pytrees.flatten(params)
+            if not values:
+                return tapped(runs[0], params, example)
+            return torch.func.vjp(lambda *v: tapped(runs[0], restore(v), example), *values)[0]
 
-    def one(example: Batch) -> Tensor:
-        return losses_of_one(model_fn, params, buffers, example, has_aux)[0]
+        return for_each_example(one, batch, batch_dim)
 
-    return (
-        quietly(lambda examples: for_each_example(one, examples, batch_dim)),
-        quietly(lambda examples: split_aux(model_fn(params, buffers, examples), has_aux)[0]),
-    )
+    return alone, lambda params, batch: tapped(runs[1], params, batch), dropouts
+
+
+def _gradients(losses: Losses, params: Params, batch: Batch) -> list[Tensor]:
+    """Gradient of a sum of losses with uneven weights."""
+    values, restore = pytrees.flatten(params)
+    if not values:
+        return []
+    out, pullback = torch.func.vjp(lambda *v: losses(restore(v), batch), *values)
+    weights = torch.linspace(1, 2, out.numel(), dtype=out.dtype, device=out.device)
+    return list(pullback(weights.reshape(out.shape)))
+
+
+def _tolerance(tensor: Tensor) -> float:
+    """What sums in another order may differ by: 3 √eps of the dtype that is computed in."""
+    dtype, device = tensor.dtype, tensor.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return 3 * max(torch.finfo(dtype).eps, torch.finfo(tensor.dtype).eps) ** 0.5
 
 
 def _differ(alone: Tensor, together: Tensor) -> Tensor:
-    """Tell which examples have other losses, beyond the rounding of sums in another order."""
+    """Tell which examples have other losses."""
     if alone.shape != together.shape:
         raise ValueError(
             "expected losses with one entry per example along their first axis because batch_dim "
             f"is given, got losses of shape {tuple(together.shape)} for a batch of "
             f"{alone.shape[0]} examples"
         )
-    tolerance = 3 * torch.finfo(alone.dtype).eps ** 0.5
     largest = torch.where(together.isfinite(), together, 0).abs().amax()
-    close = (alone - together).abs() <= tolerance * largest
+    close = (alone - together).abs() <= _tolerance(alone) * largest
     same = close | (~alone.isfinite() & ~together.isfinite())
     return ~same.reshape(same.shape[0], -1).all(1)
 
 
-def _raise_coupled(i: int, other: str) -> None:
+def _raise_coupled(i: int, others: str) -> None:
     raise ValueError(
         "expected losses that depend on one example each because batch_dim is given, but the loss "
-        f"of example {i} is another when it is run together with {other}; use batch_dim=None if "
+        f"of example {i} is another when it is run together with {others}; use batch_dim=None if "
         "examples are coupled (batch statistics, attention across the batch), and take means over "
         "the batch out of the losses if they are not"
     )
 
 
-def _without_dropout(met: list[bool]) -> dict[Any, Rule]:
+def _without_dropout(dropouts: list[str]) -> dict[Any, Rule]:
     def kept(
         tap: Tap,
         func: Any,
@@ -199,7 +242,7 @@ def _without_dropout(met: list[bool]) -> dict[Any, Rule]:
         inplace: bool = False,
     ) -> Tensor:
         if training and p > 0:
-            met.append(True)
+            dropouts.append(func.__name__)
         return input
 
     functions = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)

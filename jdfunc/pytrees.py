@@ -38,10 +38,35 @@ def same_structure(tree: Any, other: Any, is_leaf: Any = None) -> bool:
 
 
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
-    """Return, for every leaf of ``tree``, the leaf of ``prefix`` that stands above it."""
+    """Return, for every leaf of ``tree``, the leaf of ``prefix`` that stands above it.
+
+    Args:
+        prefix: a tree whose structure is the top of that of ``tree``.
+        tree: a tree.
+
+    Returns:
+        As many leaves as ``tree`` has.
+
+    Raises:
+        ValueError: ``prefix`` is not the top of ``tree``.
+    """
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
 
 
 def holds_none(tree: Any) -> bool:
     """Tell whether a tree holds None, which optree drops and torch takes for a leaf."""
     return len(optree.tree_leaves(tree, none_is_leaf=True)) != len(optree.tree_leaves(tree))
+
+
+def partition(
+    tree: Any, keep: Callable[[Any], bool]
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Return the leaves to keep, and the function that puts them back among the others."""
+    values, restore = flatten(tree)
+    kept = [value for value in values if keep(value)]
+
+    def put_back(new: Sequence[Any]) -> Any:
+        given = iter(new)
+        return restore([next(given) if keep(value) else value for value in values])
+
+    return kept, put_back

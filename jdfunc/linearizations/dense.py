@@ -1,14 +1,13 @@
 """The Jacobian as dense rows: one pullback per loss, or one per example where rows allow it."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jdfunc import pytrees
-from jdfunc.checks import buffers_or_empty, check_depends, check_model, split_aux
-from jdfunc.examples import for_each_example, losses_of_one, num_examples
+from jdfunc.checks import check_buffers, check_depends, check_model, check_positive
+from jdfunc.examples import Run, for_each_example, losses_function, num_examples
 from jdfunc.independence import guarded
 from jdfunc.linearizations.of_rows import of_rows
 from jdfunc.taps.rules import vmappable
@@ -60,15 +59,12 @@ def jacobian(
                 [2., 4.]])}
     """
     check_model(model_fn, params)
-    _, rows, aux = _rows(
-        model_fn,
-        detached(params),
-        batch,
-        buffers=buffers_or_empty(buffers),
-        chunk_size=chunk_size,
-        has_aux=has_aux,
+    check_positive(chunk_size=chunk_size)
+    run, restore_aux = losses_function(
+        model_fn, check_buffers(buffers), has_aux=has_aux, by_example=False
     )
-    return (rows, aux) if has_aux else rows
+    _, rows, tensors = _rows(run, detached(params), batch, chunk_size, one_example=False)
+    return (rows, restore_aux(tensors)) if has_aux else rows
 
 
 def dense(
@@ -106,50 +102,40 @@ def dense(
     Cost: m pullbacks, m·n elements, m² n multiply-adds for the Gramian.
     """
     check_model(model_fn, params)
-    given, values = buffers_or_empty(buffers), detached(params)
+    check_positive(chunk_size=chunk_size)
+    given, values = check_buffers(buffers), detached(params)
     by_example = batch_dim is not None and num_examples(batch, batch_dim) > 0
-    pull = partial(
-        _rows, buffers=given, chunk_size=chunk_size, has_aux=has_aux, one_example=by_example
-    )
+    run, restore_aux = losses_function(model_fn, given, has_aux=has_aux, by_example=by_example)
+
+    def one(example: Batch) -> tuple[Tensor, Rows, list[Tensor]]:
+        return _rows(run, values, example, chunk_size, one_example=by_example)
+
     if not by_example:
-        return of_rows(*pull(model_fn, values, batch))
-
-    def one(example: Batch) -> tuple[Tensor, Rows, Any]:
-        def losses_fn(params: Params, buffers: Buffers, example: Batch) -> Any:
-            losses, aux = losses_of_one(model_fn, params, buffers, example, has_aux)
-            return (losses, aux) if has_aux else losses
-
-        return pull(losses_fn, values, example)
-
-    lin = of_rows(*for_each_example(one, batch, batch_dim))
+        losses, rows, tensors = one(batch)
+        return of_rows(losses, rows, restore_aux(tensors))
+    losses, rows, tensors = for_each_example(one, batch, batch_dim)
+    lin = of_rows(losses, rows, restore_aux(tensors))
     return guarded(lin, model_fn, values, given, batch, batch_dim, has_aux)
 
 
 def _rows(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    *,
-    buffers: Buffers,
-    chunk_size: int | None,
-    has_aux: bool,
-    one_example: bool = False,
-) -> tuple[Tensor, Rows, Any]:
-    """Losses, dense rows and aux of one run of the model."""
+    run: Run, params: Params, batch: Batch, chunk_size: int | None, *, one_example: bool
+) -> tuple[Tensor, Rows, list[Tensor]]:
+    """Losses, dense rows and tensors of aux of one run of the model."""
     values, restore = pytrees.flatten(params)
+    names = pytrees.names(params)
 
-    def losses_fn(*values: Tensor) -> tuple[Tensor, tuple[Tensor, Any]]:
-        named = dict(zip(pytrees.names(params), values, strict=True))
-        tap = vmappable(named, one_example=one_example)
+    def losses_fn(*values: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        tap = vmappable(dict(zip(names, values, strict=True)), one_example=one_example)
         with tap:
-            losses, aux = split_aux(model_fn(restore(values), buffers, batch), has_aux)
+            losses, tensors = run(restore(values), batch)
         check_depends(losses, params)
-        return losses, (losses, aux)
+        return losses, (losses, tensors)
 
     if not values:
-        losses, aux = losses_fn()[1]
-        return losses, params, aux
-    losses, pullback, (value, aux) = torch.func.vjp(losses_fn, *values, has_aux=True)
+        losses, tensors = run(params, batch)
+        return losses, params, tensors
+    losses, pullback, (value, tensors) = torch.func.vjp(losses_fn, *values, has_aux=True)
     units = torch.eye(losses.numel(), dtype=losses.dtype, device=losses.device)
     if losses.numel() == 0:
         flat = [v.new_zeros(0) for v in values]
@@ -159,4 +145,4 @@ def _rows(
         pull = torch.vmap(lambda unit: pullback(unit.reshape(losses.shape)), chunk_size=chunk_size)
         flat = list(pull(units))
     rows = [row.reshape((*losses.shape, *v.shape)) for row, v in zip(flat, values, strict=True)]
-    return value, restore(rows), aux
+    return value, restore(rows), tensors

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from jdfunc import algebra, pytrees
-from jdfunc.checks import buffers_or_empty, check_model, split_aux
-from jdfunc.examples import for_each_example, losses_of_one, num_examples
+from jdfunc.checks import check_buffers, check_model, check_positive
+from jdfunc.examples import for_each_example, losses_function, num_examples
 from jdfunc.factored import leaves as factored
 from jdfunc.factored.leaves import Outer, Tied
 from jdfunc.independence import guarded
-from jdfunc.linearizations.dense import dense, detached
+from jdfunc.linearizations.dense import detached
 from jdfunc.linearizations.of_rows import of_rows
 from jdfunc.taps.linearize import Tapped, tapped
 from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
@@ -62,38 +62,37 @@ def structured(
     example K backward passes; memory b·s·(d_in + K·d_out) per layer of width d_in, d_out.
     """
     check_model(model_fn, params)
-    given = buffers_or_empty(buffers)
-    if batch_dim is not None and num_examples(batch, batch_dim) == 0:
-        return dense(model_fn, params, batch, buffers=buffers, has_aux=has_aux)
+    check_positive(chunk_size=chunk_size, max_block_bytes=max_block_bytes)
+    given = check_buffers(buffers)
+    by_example = batch_dim is not None and num_examples(batch, batch_dim) > 0
+    run, restore_aux = losses_function(model_fn, given, has_aux=has_aux, by_example=by_example)
     values, restore = pytrees.flatten(detached(params))
     names = pytrees.names(params)
-    named = dict(zip(names, values, strict=True))
 
     def one(example: Batch) -> Tapped:
-        def losses_fn(named: dict[str, Tensor]) -> tuple[Tensor, Any]:
-            tree = restore([named[name] for name in names])
-            if batch_dim is not None:
-                return losses_of_one(model_fn, tree, given, example, has_aux)
-            return split_aux(model_fn(tree, given, example), has_aux)
+        def losses_fn(named: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+            return run(restore([named[name] for name in names]), example)
 
-        return tapped(losses_fn, named, one_example=batch_dim is not None, chunk_size=chunk_size)
+        return tapped(
+            losses_fn,
+            dict(zip(names, values, strict=True)),
+            one_example=by_example,
+            chunk_size=chunk_size,
+        )
 
-    if batch_dim is None:
-        run = one(batch)
-    else:
-        run = for_each_example(one, batch, batch_dim)
-    rows = restore([_leaf(name, param, run) for name, param in named.items()])
-    lin = of_rows(run.losses, rows, run.aux, max_block_bytes)
-    if batch_dim is None:
+    tap = for_each_example(one, batch, batch_dim) if by_example else one(batch)
+    rows = restore([_leaf(name, p, tap) for name, p in zip(names, values, strict=True)])
+    lin = of_rows(tap.losses, rows, restore_aux(tap.aux), max_block_bytes)
+    if not by_example:
         return lin
     return guarded(lin, model_fn, restore(values), given, batch, batch_dim, has_aux)
 
 
-def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
+def _leaf(name: str, param: Tensor, tap: Tapped) -> Any:
     """Return the rows of one parameter: all its uses, as one leaf."""
-    shape = run.losses.shape
+    shape = tap.losses.shape
     uses: list[Outer] = []
-    for left, right in run.uses.get(name, []):
+    for left, right in tap.uses.get(name, []):
         assert isinstance(right, Tensor)
         new = Outer(left, right, param)
         joined = next(
@@ -104,12 +103,12 @@ def _leaf(name: str, param: Tensor, run: Tapped) -> Any:
         else:
             uses[joined[0]] = joined[1]
     if not uses:
-        return run.rows[name] if name in run.rows else _no_uses(param, shape)
+        return tap.rows[name] if name in tap.rows else _no_uses(param, shape)
     alike = len({_matrix_shape(use) for use in uses}) == 1
-    if name not in run.rows and alike:
+    if name not in tap.rows and alike:
         return uses[0] if len(uses) == 1 else Tied(tuple(uses))
     dense_rows = [factored.materialise(use).reshape((*shape, *param.shape)) for use in uses]
-    return sum(dense_rows[1:], dense_rows[0]) + run.rows.get(name, 0)
+    return sum(dense_rows[1:], dense_rows[0]) + tap.rows.get(name, 0)
 
 
 def _matrix_shape(use: Outer) -> tuple[int, ...]:

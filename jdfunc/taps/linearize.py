@@ -16,7 +16,7 @@ from jdfunc.factored.leaves import OneHot, Outer, Side, elements, materialise
 from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RULES
 from jdfunc.taps.tap import Rule, Tap, Use
 
-LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, Any]]
+LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, list[Tensor]]]
 Named = dict[str, Tensor]
 
 
@@ -25,14 +25,14 @@ class Tapped(NamedTuple):
 
     Attributes:
         losses: [*rows].
-        aux: what the model returned beside its losses.
+        aux: the tensors of what the model returned beside its losses.
         uses: by parameter, the pairs (left, right) of its recognised uses; the side of the
             activations has row axes of size one.
         rows: by parameter, dense rows [*rows, *param.shape] of all its other uses.
     """
 
     losses: Tensor
-    aux: Any
+    aux: list[Tensor]
     uses: dict[str, list[tuple[Side, Side]]]
     rows: Named
 
@@ -43,7 +43,7 @@ def tapped(
     """Run ``losses_fn`` on named params under the tap, and pull every loss back.
 
     Args:
-        losses_fn: ``params -> (losses [*rows], aux)``.
+        losses_fn: ``params -> (losses [*rows], tensors of aux)``.
         params: the parameters by name.
         one_example: whether this runs for one example of many, under `torch.vmap`.
         chunk_size: how many losses are pulled back at a time; all at once if None.
@@ -162,7 +162,7 @@ def _map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _settled(
-    losses: Tensor, aux: Any, uses: Sequence[Use], cotangents: dict[int, Tensor], rows: Named
+    losses: Tensor, aux: list[Tensor], uses: Sequence[Use], cotangents: dict[int, Tensor], rows: Named
 ) -> Tapped:
     """Lay the uses out as their two sides, or as dense rows where these take less memory."""
     sides: dict[str, list[tuple[Side, Side]]] = {}
