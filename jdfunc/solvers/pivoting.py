@@ -14,7 +14,7 @@ __all__ = ["descend", "pivot", "solve_free"]
 
 Rows = Float[Tensor, "rows m"]
 Sets = Bool[Tensor, "rows m"]
-Shared = Float[Tensor, "1|rows m m"]
+Shared = Float[Tensor, "_ m m"]  # one for all rows, or one per row
 
 MASKED_SIZE = 40  # up to this m, padding every F to m costs less than gathering F
 MOSTLY_FREE = 0.7  # beyond this share of m, S_FF⁻¹ comes cheaper from S⁻¹ and the few bound indices

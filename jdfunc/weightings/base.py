@@ -176,7 +176,7 @@ def check_gramian(gramian: Tensor) -> None:
 
 def vector_like(
     gramian: Float[Tensor, "*batch m m"], values: Tensor, name: str
-) -> Float[Tensor, "*batch m"]:
+) -> Float[Tensor, "... m"]:
     """Give `values` the dtype and device of `gramian`.
 
     Returns:

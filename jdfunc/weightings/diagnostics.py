@@ -69,8 +69,8 @@ def min_cosine(
 
 def cone_residual(
     gramian: Float[Tensor, "*batch m m"],
-    bounds: Float[Tensor, "*batch k m"],
-    weights: Float[Tensor, "*batch k m"],
+    bounds: Float[Tensor, "*rows m"],
+    weights: Float[Tensor, "*rows m"],
 ) -> Float[Tensor, "*batch"]:
     """How far v = `weights` is from solving: argmin ½ vᵀGv subject to v ≥ u = `bounds`.
 

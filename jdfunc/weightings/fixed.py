@@ -59,13 +59,13 @@ def sum(gramian: Float[Tensor, "*batch m m"]) -> Float[Tensor, "*batch m"]:  # n
 
 
 def constant(
-    gramian: Float[Tensor, "*batch m m"], *, weights: Float[Tensor, "*batch m"]
-) -> Float[Tensor, "*batch m"]:
+    gramian: Float[Tensor, "*#batch m m"], *, weights: Float[Tensor, "*#batch m"]
+) -> Float[Tensor, "... m"]:
     """The given weights: the gradient of a fixed linear combination of the losses.
 
     Args:
         gramian: G = J Jᵀ, shape [*batch, m, m]; only its shape, dtype, device and finiteness count.
-        weights: one weight per objective, shape [*batch, m]; any signs.
+        weights: one weight per objective, shape [*batch, m]; any signs; broadcast with G.
 
     Returns:
         w, shape [*batch, m], dtype and device of `gramian`. NaN for a batch element that is not
