@@ -21,6 +21,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of signs, where the b
 PIVOT_ROUNDS = 12  # after which a row goes to the descent that cannot cycle
 DIRECT_SIZE = 32  # m up to which pivoting needs no first guess, and a batch goes in one piece
 FLOATS_SIZE = 512  # k m² up to which Python floats beat tensor operators
+FLOAT_ROUNDS = 60  # of Python floats, where a round is cheap
 SPLITTING_ROWS = 8  # for fewer right-hand sides, factorising afresh costs less than splitting
 
 
@@ -177,7 +178,7 @@ def _search_floats(
         None if bounds is None else bounds.tolist(),
         ridge=ridge,
         tol=TOLERANCE[q.dtype],
-        rounds=PIVOT_ROUNDS,
+        rounds=FLOAT_ROUNDS,
     )
     if z is None:
         return None
