@@ -33,7 +33,7 @@ types: $(STAMP)  ## pyright on the package
 bench: $(STAMP)  ## time per step against torchjd
 	$(PY) notebooks/bench.py
 notebooks: $(STAMP)  ## run every notebook; the run copies go to build/notebooks
-	$(if $(NBS),$(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks $(NBS))
+	$(if $(NBS),OMP_NUM_THREADS=1 $(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks $(NBS))
 check: lint types test  ## all that has to pass before a merge
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
