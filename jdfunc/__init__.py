@@ -5,6 +5,7 @@ from jdfunc.algebra import combine, gram, gram_blocks, row_norms, to_dense
 from jdfunc.functional import assign_grads, model_to_function
 from jdfunc.independence import check_batch_independence
 from jdfunc.linearizations import dense, jacobian, structured
+from jdfunc.remat import remat
 from jdfunc.step import gramian, jd_step, value_and_jd_step
 from jdfunc.types import JDInfo, Linearization
 from jdfunc.weightings import constant, dualproj, mean, mgda, upgrad
@@ -30,6 +31,7 @@ __all__ = [
     "mean",
     "mgda",
     "model_to_function",
+    "remat",
     "row_norms",
     "stateless",
     "structured",

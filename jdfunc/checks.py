@@ -70,7 +70,8 @@ def run_model(
         TypeError: the model does not return a tensor, or (tensor, aux).
         ValueError: losses are not floating point.
     """
-    output = model_fn(params, pytrees.map(Tensor.clone, buffers), batch)
+    copies = pytrees.map(Tensor.clone, buffers) if buffers else buffers
+    output = model_fn(params, copies, batch)
     if has_aux:
         if not isinstance(output, tuple) or len(output) != 2:
             raise TypeError(
@@ -99,8 +100,8 @@ def check_depends(losses: Tensor, params: Params) -> None:
 
 def check_buffers(buffers: Buffers | None) -> Buffers:
     """Return the buffers, checked to hold tensors; an empty dict for None."""
-    if buffers is None:
-        return {}
+    if not buffers:
+        return {} if buffers is None else buffers
     for name, leaf in zip(pytrees.names(buffers), pytrees.leaves(buffers), strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(

@@ -4,6 +4,7 @@
 reshapes to ``[B·T, d]`` stay right, because each example only ever sees itself.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,25 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
     return torch.vmap(
         batch_of_one, in_dims=([d for _, d in mapped],), randomness="different"
     )([v for v, _ in mapped])
+
+
+def warn_if_data_dependent(error: RuntimeError) -> None:
+    """Warn that a model is not run by examples because it branches on values; raise other errors.
+
+    Args:
+        error: what `torch.vmap` raised.
+
+    Raises:
+        RuntimeError: the error, if it is another.
+    """
+    if not str(error).startswith("vmap: It looks like you're"):
+        raise error
+    warnings.warn(
+        "the model branches on the values of tensors, which torch.vmap cannot follow, so its "
+        "losses are pulled back one by one (batch_dim=None): exact, but slower; move the branch "
+        "out of the model, or pass batch_dim=None",
+        stacklevel=4,
+    )
 
 
 Run = Callable[[Params, Batch], tuple[Tensor, list[Tensor]]]

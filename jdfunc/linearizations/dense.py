@@ -2,24 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jdfunc import pytrees
-from jdfunc.checks import check_buffers, check_depends, check_model, check_positive
-from jdfunc.examples import Run, for_each_example, losses_function, num_examples
-from jdfunc.independence import guarded
-from jdfunc.linearizations.of_rows import of_rows
-from jdfunc.taps.rules import vmappable
-from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params, Rows
-
-
-def detached(params: Params) -> Params:
-    """Return params whose `nn.Parameter` leaves are detached: a step never writes their ``.grad``.
-
-    A tensor that carries a graph keeps it, so that a step can itself be differentiated.
-    """
-    return pytrees.map(lambda p: p.detach() if isinstance(p, torch.nn.Parameter) else p, params)
+from jdfunc.linearizations.linearized import linearized
+from jdfunc.taps.linearize import Tapped
+from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
 
 
 def jacobian(
@@ -58,13 +45,10 @@ def jacobian(
         {'w': tensor([[3., 4.],
                 [2., 4.]])}
     """
-    check_model(model_fn, params)
-    check_positive(chunk_size=chunk_size)
-    run, restore_aux = losses_function(
-        model_fn, check_buffers(buffers), has_aux=has_aux, by_example=False
+    lin = dense(
+        model_fn, params, batch, buffers=buffers, has_aux=has_aux, chunk_size=chunk_size
     )
-    _, rows, tensors = _rows(run, detached(params), batch, chunk_size, one_example=False)
-    return (rows, restore_aux(tensors)) if has_aux else rows
+    return (lin.rows, lin.aux) if has_aux else lin.rows
 
 
 def dense(
@@ -101,48 +85,21 @@ def dense(
 
     Cost: m pullbacks, m·n elements, m² n multiply-adds for the Gramian.
     """
-    check_model(model_fn, params)
-    check_positive(chunk_size=chunk_size)
-    given, values = check_buffers(buffers), detached(params)
-    by_example = batch_dim is not None and num_examples(batch, batch_dim) > 0
-    run, restore_aux = losses_function(model_fn, given, has_aux=has_aux, by_example=by_example)
-
-    def one(example: Batch) -> tuple[Tensor, Rows, list[Tensor]]:
-        return _rows(run, values, example, chunk_size, one_example=by_example)
-
-    if not by_example:
-        losses, rows, tensors = one(batch)
-        return of_rows(losses, rows, restore_aux(tensors))
-    losses, rows, tensors = for_each_example(one, batch, batch_dim)
-    lin = of_rows(losses, rows, restore_aux(tensors))
-    return guarded(lin, model_fn, values, given, batch, batch_dim, has_aux)
+    return linearized(
+        model_fn,
+        params,
+        batch,
+        buffers=buffers,
+        batch_dim=batch_dim,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        factored=False,
+        leaf=dense_rows,
+    )
 
 
-def _rows(
-    run: Run, params: Params, batch: Batch, chunk_size: int | None, *, one_example: bool
-) -> tuple[Tensor, Rows, list[Tensor]]:
-    """Losses, dense rows and tensors of aux of one run of the model."""
-    values, restore = pytrees.flatten(params)
-    names = pytrees.names(params)
-
-    def losses_fn(*values: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        tap = vmappable(dict(zip(names, values, strict=True)), one_example=one_example)
-        with tap:
-            losses, tensors = run(restore(values), batch)
-        check_depends(losses, params)
-        return losses, (losses, tensors)
-
-    if not values:
-        losses, tensors = run(params, batch)
-        return losses, params, tensors
-    losses, pullback, (value, tensors) = torch.func.vjp(losses_fn, *values, has_aux=True)
-    units = torch.eye(losses.numel(), dtype=losses.dtype, device=losses.device)
-    if losses.numel() == 0:
-        flat = [v.new_zeros(0) for v in values]
-    elif losses.numel() == 1:
-        flat = list(pullback(units.reshape(losses.shape)))
-    else:
-        pull = torch.vmap(lambda unit: pullback(unit.reshape(losses.shape)), chunk_size=chunk_size)
-        flat = list(pull(units))
-    rows = [row.reshape((*losses.shape, *v.shape)) for row, v in zip(flat, values, strict=True)]
-    return value, restore(rows), tensors
+def dense_rows(name: str, param: Tensor, tap: Tapped) -> Tensor:
+    """Return the dense rows of one parameter; zeros if the losses do not use it."""
+    if name in tap.rows:
+        return tap.rows[name]
+    return param.new_zeros((*tap.losses.shape, *param.shape))

@@ -5,15 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdfunc import algebra, pytrees
-from jdfunc.checks import check_buffers, check_model, check_positive
-from jdfunc.examples import for_each_example, losses_function, num_examples
+from jdfunc import algebra
 from jdfunc.factored import leaves as factored
 from jdfunc.factored.leaves import Outer, Tied
-from jdfunc.independence import guarded
-from jdfunc.linearizations.dense import detached
-from jdfunc.linearizations.of_rows import of_rows
-from jdfunc.taps.linearize import Tapped, tapped
+from jdfunc.linearizations.linearized import linearized
+from jdfunc.taps.linearize import Tapped
 from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
 
 
@@ -61,34 +57,21 @@ def structured(
     Cost: one forward pass and one backward pass to the layer outputs, for the K losses of one
     example K backward passes; memory b·s·(d_in + K·d_out) per layer of width d_in, d_out.
     """
-    check_model(model_fn, params)
-    check_positive(chunk_size=chunk_size, max_block_bytes=max_block_bytes)
-    given = check_buffers(buffers)
-    by_example = batch_dim is not None and num_examples(batch, batch_dim) > 0
-    run, restore_aux = losses_function(model_fn, given, has_aux=has_aux, by_example=by_example)
-    values, restore = pytrees.flatten(detached(params))
-    names = pytrees.names(params)
-
-    def one(example: Batch) -> Tapped:
-        def losses_fn(named: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            return run(restore([named[name] for name in names]), example)
-
-        return tapped(
-            losses_fn,
-            dict(zip(names, values, strict=True)),
-            one_example=by_example,
-            chunk_size=chunk_size,
-        )
-
-    tap = for_each_example(one, batch, batch_dim) if by_example else one(batch)
-    rows = restore([_leaf(name, p, tap) for name, p in zip(names, values, strict=True)])
-    lin = of_rows(tap.losses, rows, restore_aux(tap.aux), max_block_bytes)
-    if not by_example:
-        return lin
-    return guarded(lin, model_fn, restore(values), given, batch, batch_dim, has_aux)
+    return linearized(
+        model_fn,
+        params,
+        batch,
+        buffers=buffers,
+        batch_dim=batch_dim,
+        has_aux=has_aux,
+        chunk_size=chunk_size,
+        max_block_bytes=max_block_bytes,
+        factored=True,
+        leaf=factored_rows,
+    )
 
 
-def _leaf(name: str, param: Tensor, tap: Tapped) -> Any:
+def factored_rows(name: str, param: Tensor, tap: Tapped) -> Any:
     """Return the rows of one parameter: all its uses, as one leaf."""
     shape = tap.losses.shape
     uses: list[Outer] = []

@@ -61,7 +61,20 @@ def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
     return tap.call(func, input, hx, *args)
 
 
+def norm(tap: Tap, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Rule of the norms under autocast: one dtype, since their batched backward knows no other."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    wide = next((t.dtype for t in tensors if t.dtype != input.dtype), None)
+    if wide is None:
+        return tap.call(func, input, *args, **kwargs)
+    return tap.call(func, input.to(wide), *args, **kwargs).to(input.dtype)
+
+
 CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
+#: For many losses at once.
+VMAP_RULES: dict[Any, Rule] = dict.fromkeys([F.layer_norm, F.group_norm], norm)
+
+#: For one example at a time.
 RULES: dict[Any, Rule] = {
     F.batch_norm: batch_norm,
     F.embedding: scaled_embedding,

@@ -13,11 +13,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from jdfunc.checks import check_depends
 from jdfunc.factored.leaves import OneHot, Outer, Side, elements, materialise
-from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RULES
+from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RULES, VMAP_RULES
 from jdfunc.taps.tap import Rule, Tap, Use
 
 LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, list[Tensor]]]
 Named = dict[str, Tensor]
+Rules = dict[Any, Rule]
 
 
 class Tapped(NamedTuple):
@@ -38,28 +39,34 @@ class Tapped(NamedTuple):
 
 
 def tapped(
-    losses_fn: LossesFn, params: Named, *, one_example: bool, chunk_size: int | None = None
+    losses_fn: LossesFn,
+    params: Named,
+    *,
+    factored: bool,
+    one_example: bool,
+    chunk_size: int | None = None,
 ) -> Tapped:
     """Run ``losses_fn`` on named params under the tap, and pull every loss back.
 
     Args:
         losses_fn: ``params -> (losses [*rows], tensors of aux)``.
         params: the parameters by name.
+        factored: whether to keep uses; all rows are dense otherwise.
         one_example: whether this runs for one example of many, under `torch.vmap`.
         chunk_size: how many losses are pulled back at a time; all at once if None.
 
     Returns:
         The losses and the pieces of their Jacobian.
     """
-    rules = {**RULES, **ONE_EXAMPLE_RULES} if one_example else RULES
     if not params:
         return Tapped(*losses_fn(params), {}, {})
+    rules = {**(RULES if factored else VMAP_RULES), **(ONE_EXAMPLE_RULES if one_example else {})}
     run = _traced if torch.compiler.is_compiling() else _eager
-    return run(losses_fn, params, rules, chunk_size)
+    return run(losses_fn, params, rules, factored, chunk_size)
 
 
 def _eager(
-    losses_fn: LossesFn, params: Named, rules: dict[Any, Rule], chunk_size: int | None
+    losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
 ) -> Tapped:
     """Ask autograd, inside the transform, for the gradient at the outputs of the uses.
 
@@ -76,7 +83,8 @@ def _eager(
             edges.append(get_gradient_edge(output))  # an edge outlives what is written in place
             return output
 
-        tap = Tap(given, rules, dict(zip(names, shadows, strict=True)), observe)
+        shadow = dict(zip(names, shadows, strict=True)) if factored else None
+        tap = Tap(given, rules, shadow, observe)
         with tap:
             losses, aux = losses_fn(given)
         check_depends(losses, params)
@@ -104,7 +112,7 @@ def _eager(
 
 
 def _traced(
-    losses_fn: LossesFn, params: Named, rules: dict[Any, Rule], chunk_size: int | None
+    losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
 ) -> Tapped:
     """Differentiate with respect to zero probes added to the outputs of the uses.
 
@@ -119,7 +127,7 @@ def _traced(
         return output
 
     def look(params: Named) -> Tensor:
-        survey = Tap(params, rules, params, measure)
+        survey = Tap(params, rules, params if factored else None, measure)
         with survey:
             losses, _ = losses_fn(params)
         surveys.append(survey)
@@ -134,7 +142,7 @@ def _traced(
     def run(probes: list[Tensor], others: Named) -> tuple[Tensor, Any]:
         given = {name: others.get(name, param) for name, param in params.items()}
         waiting = iter(probes)
-        tap = Tap(given, rules, params, lambda output: output + next(waiting))
+        tap = Tap(given, rules, params if factored else None, lambda y: y + next(waiting))
         with tap:
             losses, aux = losses_fn(given)
         return losses, (losses, aux, [use.given for use in tap.uses])
@@ -148,9 +156,9 @@ def _traced(
 def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: int | None) -> Any:
     """Pull every loss back: results [*rows, ...]."""
     m = losses.numel()
-    if m == 1:
+    if m <= 1:
         one = pullback(torch.ones_like(losses))
-        return _map(lambda grad: grad.reshape((*losses.shape, *grad.shape)), one)
+        return _map(lambda grad: grad.expand(1, *grad.shape)[:m].reshape((*losses.shape, *grad.shape)), one)
     units = torch.eye(m, dtype=losses.dtype, device=losses.device)
     units = units.reshape(m, *losses.shape)
     each = torch.vmap(pullback, chunk_size=chunk_size)(units)

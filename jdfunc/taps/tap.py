@@ -69,14 +69,14 @@ class Tap(TorchFunctionMode):
         observe: Callable[[Tensor], Tensor] = lambda output: output,
     ) -> None:
         super().__init__()
-        self.names = {id(param): Parameter(name, False) for name, param in params.items()}
+        self.known = [(param, Parameter(name, False)) for name, param in params.items()]
+        self.by_id = {} if torch.compiler.is_compiling() else {id(t): p for t, p in self.known}
         self.rules = rules
         self.shadows = shadows
         self.observe = observe
         self.level = None if shadows is None else transform_level()
         self.uses: list[Use] = []
         self.other_uses: dict[str, list[str]] = {}
-        self.views: list[Tensor] = []  # transposed views, held so that their ids stay theirs
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -90,7 +90,9 @@ class Tap(TorchFunctionMode):
 
     def find(self, tensor: Any) -> Parameter | None:
         """Return the parameter that a tensor is, if any."""
-        return self.names.get(id(tensor))
+        if torch.compiler.is_compiling():  # it would guard on the id of every input
+            return next((found for known, found in self.known if known is tensor), None)
+        return self.by_id.get(id(tensor))
 
     def note(self, func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
         """Take note of parameters that go into a function without a rule."""
@@ -108,8 +110,8 @@ class Tap(TorchFunctionMode):
 
     def view(self, found: Parameter, view: Tensor) -> Tensor:
         """Remember a transposed view of a parameter."""
-        self.names[id(view)] = Parameter(found.name, not found.transposed)
-        self.views.append(view)
+        self.known.append((view, Parameter(found.name, not found.transposed)))
+        self.by_id[id(view)] = self.known[-1][1]
         return view
 
     def use(
