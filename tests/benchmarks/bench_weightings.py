@@ -11,7 +11,6 @@ import functools
 import math
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torchjd.aggregation import DualProjWeighting, MGDAWeighting, UPGradWeightin
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import samplers
+from clocks import interleaved
 
 from jdfunc.weightings import dualproj, mgda, upgrad
 
@@ -44,18 +44,6 @@ def gramian(family: str, m: int) -> torch.Tensor:
     else:
         rows = samplers.draw(family, m)
     return samplers.gramian(rows).float()
-
-
-def interleaved(fns: list[Callable[[], object]], budget: float) -> list[float]:
-    """Lower quartile of the process time of each function, in seconds."""
-    times: list[list[float]] = [[] for _ in fns]
-    start = time.process_time()
-    while len(times[0]) < 3 or (time.process_time() - start < budget and len(times[0]) < 60):
-        for fn, record in zip(fns, times, strict=True):
-            begin = time.process_time()
-            fn()
-            record.append(time.process_time() - begin)
-    return [sorted(record)[len(record) // 4] for record in times]
 
 
 def main() -> None:
@@ -90,7 +78,8 @@ def report(
     ratios, mine = {}, []
     for family in families:
         g = gramian(family, m)
-        fast, slow = interleaved([lambda g=g: ours(g), lambda g=g: peer(g)], budget)
+        times = interleaved([lambda g=g: ours(g), lambda g=g: peer(g)], budget)
+        fast, slow = (t[len(t) // 4] for t in times)  # lower quartiles
         ratios[family] = slow / fast
         mine.append(fast)
     mean = math.exp(sum(math.log(r) for r in ratios.values()) / len(ratios))

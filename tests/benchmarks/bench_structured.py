@@ -1,0 +1,326 @@
+"""Cost of an instance-wise UPGrad step against torchjd and against a plain SGD step.
+
+    python tests/benchmarks/bench_structured.py [--quick] [--only mlp] [--memory] [--growth]
+        [--compiled]
+
+CPU process time, one process, one thread, in turns, medians. Beside each ratio stands its bar,
+and below a row that misses one stands its floor: what the arithmetic and the memory traffic of the
+step would take at the rates of this machine. Without an option the tables of the steps and of the
+tied model are printed; each option prints its own table in their place.
+"""
+
+import argparse
+import copy
+import math
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from clocks import interleaved, median
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchjd.autogram import Engine
+from training import STEPS, Case, cnn, gpt, jdfunc_step, mlp, model_fn_of, sgd_step, transformer
+
+import jdfunc as jd
+from jdfunc import algebra, pytrees
+from jdfunc.factored.leaves import elements
+from jdfunc.factored.products import gram_cost
+
+
+class Row(NamedTuple):
+    """A case of the table: at least so many times as fast as torchjd, at most so many SGD steps."""
+
+    make: Callable[[], Case]
+    faster: float
+    slower: float = math.inf
+
+
+ROWS = {
+    "mlp B=64": Row(partial(mlp, 64), 50, 2.5),
+    "mlp B=256": Row(partial(mlp, 256), 60, 5),
+    "cnn B=32": Row(partial(cnn, 32), 1.5, 2),
+    "cnn B=64": Row(partial(cnn, 64), 1.5, 2),
+    "transformer B=32": Row(partial(transformer, 32), 2.2, 2.4),
+    "transformer B=64": Row(partial(transformer, 64), 2.2, 3.2),
+    "gpt B=16": Row(partial(gpt, 16), 2),
+}
+MEMORY_BARS = 0.6, 2.0
+PARTS = ("linearize", "gram", "weighting", "combine")
+
+
+def linearized(case: Case) -> Any:
+    """Our linearization at the parameters of a case."""
+    params = dict(case.model.named_parameters())
+    return jd.structured(model_fn_of(case), params, case.batch, batch_dim=0)
+
+
+def parts_of(case: Case) -> list[Callable[[], object]]:
+    """The parts of our step, each on its own."""
+    lin = linearized(case)
+    gramian = lin.gram()
+    weights = jd.upgrad(gramian)
+    return [
+        partial(linearized, case),
+        lin.gram,
+        partial(jd.upgrad, gramian),
+        partial(lin.combine, weights),
+    ]
+
+
+def print_steps(rows: dict[str, Row], budget: float) -> None:
+    """The table of the steps, with the parts of ours; floors of the rows that miss a bar."""
+    print(
+        f"{'ms':<18}{'jdfunc':>9}{'torchjd':>10}{'sgd':>8}{'torchjd/ours':>14}{'bar':>6}"
+        f"{'ours/sgd':>10}{'bar':>6}   " + "".join(f"{part:>10}" for part in PARTS)
+    )
+    missed = []
+    for name, row in rows.items():
+        torch.manual_seed(0)
+        case = row.make()
+        steps = [make(case) for make in STEPS.values()]
+        steps[0]()
+        steps[2]()
+        times = [median(t) for t in interleaved([*steps, *parts_of(case)], budget)]
+        (ours, theirs, plain), parts = times[:3], times[3:]
+        marks = "".join(
+            "*" if miss else " " for miss in (theirs / ours < row.faster, ours / plain > row.slower)
+        )
+        print(
+            f"{name:<18}{ours * 1e3:>9.2f}{theirs * 1e3:>10.1f}{plain * 1e3:>8.2f}"
+            f"{theirs / ours:>13.2f}{marks[0]}{row.faster:>6}"
+            f"{ours / plain:>9.2f}{marks[1]}{row.slower:>6}   "
+            + "".join(f"{part * 1e3:>10.2f}" for part in parts),
+            flush=True,
+        )
+        if marks.strip():
+            missed.append((name, case, times))
+    rates = machine_rates() if missed else (0.0, 0.0)
+    for name, case, times in missed:
+        print_floor(name, case, times, rates)
+
+
+def machine_rates() -> tuple[float, float]:
+    """Multiply-adds per second of a matrix product, and bytes per second of a copy."""
+    x, long = torch.randn(1024, 1024), torch.randn(1 << 24)
+    product, copied = (min(t) for t in interleaved([lambda: x @ x, long.clone], 1, fewest=8))
+    return 1024**3 / product, 2 * 4 * len(long) / copied
+
+
+def print_floor(name: str, case: Case, times: list[float], rates: tuple[float, float]) -> None:
+    """Least multiply-adds and bytes of a step, counted from static shapes, beside its time."""
+    (n, _), params = case.batch, [*case.model.parameters()]
+    leaves = pytrees.leaves(linearized(case).rows, algebra.is_rows)
+    dense = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    factored = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    m, numel = len(n), sum(p.numel() for p in params)
+    forms = [min(gram_cost(leaf), key=lambda cost: cost.total) for leaf in factored]
+    held = sum(x.numel() for x in dense) + sum(elements(x) for x in factored)
+    gram = sum(form.multiply_adds for form in forms) + sum(x.numel() * m for x in dense) // 2
+    combine = sum(gram_cost(leaf)[1].multiply_adds - m * m * leaf_numel(leaf) for leaf in factored)
+    macs = {"passes": passes(case), "gram": gram, "combine": combine}
+    # Parameters are read by both passes and the directions written; each side is written, read for
+    # the Gramian and read for the direction.
+    moved = 4 * (3 * numel + 3 * held + 2 * sum(form.elements for form in forms))
+    ms = {key: count / rates[0] * 1e3 for key, count in macs.items()}
+    ms["memory"] = moved / rates[1] * 1e3
+    ms["weighting"] = times[3 + PARTS.index("weighting")] * 1e3
+    floor, plain = sum(ms.values()), times[2] * 1e3
+    print(
+        f"{name}: floor {floor:.2f} ms = {floor / plain:.2f} SGD steps, the step takes "
+        f"{times[0] * 1e3 / floor:.2f} times that; "
+        + ", ".join(f"{key} {value:.2f}" for key, value in ms.items())
+        + f"; {sum(macs.values()) / 1e6:.0f} M multiply-adds at {rates[0] / 1e9:.0f} G/s, "
+        f"{moved / 1e6:.0f} MB at {rates[1] / 1e9:.1f} GB/s",
+        flush=True,
+    )
+
+
+def leaf_numel(leaf: Any) -> int:
+    """How many elements the parameter of a leaf has."""
+    return leaf.param.numel() if hasattr(leaf, "param") else leaf.uses[0].param.numel()
+
+
+def passes(case: Case) -> int:
+    """Multiply-adds of the forward pass and of the backward pass to the first layer's output."""
+    model, outputs = copy.deepcopy(case.model), []
+    first = next(m for m in model.modules() if [*m.parameters(recurse=False)])
+    first.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with FlopCounterMode(display=False) as counter:
+        losses = case.forward(model, case.batch)
+        torch.autograd.grad(losses.sum(), outputs[:1])
+    return counter.get_total_flops() // 2
+
+
+def print_tied() -> None:
+    """The Gramian of the tied model in float64 against rows of autograd, one by one."""
+    torch.manual_seed(0)
+    case = gpt(4)
+    case = case._replace(model=case.model.double())
+    params = [*case.model.parameters()]
+    losses = case.forward(case.model, case.batch)
+    rows = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+    matrix = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    exact = matrix @ matrix.T
+    ours = linearized(case).gram()
+    hooked = copy.deepcopy(case.model)
+    theirs = Engine(hooked, batch_dim=0).compute_gramian(case.forward(hooked, case.batch))
+    weights = jd.upgrad(exact)
+    direction = torch.cat([g.flatten() for g in linearized(case).combine(weights).values()])
+    print("\ntied embedding and head, float64, largest error / largest entry")
+    print(f"  Gramian: jdfunc {_error(ours, exact):.1e}, torchjd {_error(theirs, exact):.1e}")
+    print(f"  direction: jdfunc {_error(direction, matrix.T @ weights):.1e}", flush=True)
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return float((value - exact).abs().max() / exact.abs().max())
+
+
+def print_memory(rows: dict[str, Row]) -> None:
+    """Peak memory of three steps in a fresh process, above that of imports, model and batch."""
+    print(
+        f"{'peak MB':<18}{'jdfunc':>9}{'torchjd':>10}{'sgd':>8}"
+        f"{'ours/torchjd':>14}{'bar':>6}{'ours/sgd':>10}{'bar':>6}"
+    )
+    for name in rows:
+        found = []
+        for step in STEPS:
+            command = [sys.executable, __file__, "--measure", step, "--only", name]
+            runs = [
+                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                for _ in range(3)
+            ]
+            found.append(median(sorted(runs)))
+        ours, theirs, plain = found
+        marks = [
+            "*" if ours / other > bar else " "
+            for other, bar in zip((theirs, plain), MEMORY_BARS, strict=True)
+        ]
+        print(
+            f"{name:<18}{ours:>9.1f}{theirs:>10.1f}{plain:>8.1f}{ours / theirs:>13.2f}{marks[0]}"
+            f"{MEMORY_BARS[0]:>6}{ours / plain:>9.2f}{marks[1]}{MEMORY_BARS[1]:>6}",
+            flush=True,
+        )
+
+
+def measured(case: Case, step: str) -> float:
+    """Peak memory of three steps in MB above what is there before."""
+    run = STEPS[step](case)
+    before = _peak()
+    for _ in range(3):
+        run()
+    return _peak() - before
+
+
+def _peak() -> float:
+    # Of this program alone: ru_maxrss starts from the peak of the process that started it.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(lines[0].split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_growth(quick: bool, budget: float) -> None:
+    """Exponents of the cost, by least squares of the logarithms."""
+    sweeps: dict[str, tuple[Callable[[int], Case], tuple[int, ...]]] = {
+        "mlp, B": (mlp, (16, 32, 64, 128, 256, 512)),
+        "mlp B=64, width": (partial(mlp, 64), (128, 256, 512, 1024)),
+        "transformer B=32, T": (partial(transformer, 32), (8, 16, 32, 64)),
+        "transformer B=8, width": (lambda d: transformer(8, 16, d), (128, 256, 512, 1024)),
+    }
+    for title, (make, sizes) in sweeps.items():
+        sizes = sizes[:3] if quick else sizes
+        table = []
+        for size in sizes:
+            torch.manual_seed(0)
+            case = make(size)
+            fns = [jdfunc_step(case), sgd_step(case), *parts_of(case)]
+            table.append([median(t) for t in interleaved(fns, budget)])
+        print(f"{title:<24}" + "".join(f"{size:>9}" for size in sizes) + "   exponent, last step")
+        for k, part in enumerate(("jdfunc", "sgd", *PARTS)):
+            column = [line[k] for line in table]
+            last = math.log(column[-1] / column[-2]) / math.log(sizes[-1] / sizes[-2])
+            print(
+                f"  {part + ' ms':<22}"
+                + "".join(f"{t * 1e3:>9.2f}" for t in column)
+                + f"{exponent(sizes, column):>11.2f}{last:>11.2f}",
+                flush=True,
+            )
+
+
+def exponent(sizes: tuple[int, ...], times: list[float]) -> float:
+    """The slope of log time over log size."""
+    x, y = torch.tensor(sizes).log(), torch.tensor(times).log()
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def print_compiled(rows: dict[str, Row], budget: float) -> None:
+    """Compiled steps against eager ones."""
+    print(
+        f"{'ms':<18}{'weighting':>10}{'eager':>9}{'compiled':>10}{'speed-up':>10}"
+        f"{'compile s':>11}{'error':>10}"
+    )
+    for name, row in rows.items():
+        for weighting in (jd.weightings.mean, jd.upgrad):
+            torch.manual_seed(0)
+            case = row.make()
+            step = partial(jd.jd_step, model_fn_of(case), batch_dim=0, weighting=weighting)
+            params = dict(case.model.named_parameters())
+
+            def eager(step=step, params=params, batch=case.batch):
+                return step(params, batch)
+
+            torch.compiler.reset()
+            compiled = torch.compile(eager, fullgraph=True)
+            begin = time.perf_counter()
+            fast = compiled()
+            took, slow = time.perf_counter() - begin, eager()
+            error = max(_error(fast[key], slow[key]) for key in slow)
+            one, two = (median(t) for t in interleaved([eager, compiled], budget))
+            print(
+                f"{name:<18}{weighting.__name__:>10}{one * 1e3:>9.2f}{two * 1e3:>10.2f}"
+                f"{one / two:>10.2f}{took:>11.1f}{error:>10.1e}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Print the tables that the options ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller sweeps")
+    parser.add_argument("--only", default="", help="rows whose name starts so")
+    parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")
+    parser.add_argument("--growth", action="store_true", help="exponents in B, T and width")
+    parser.add_argument("--compiled", action="store_true", help="compiled against eager")
+    parser.add_argument("--measure", choices=[*STEPS], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {name: row for name, row in ROWS.items() if name.startswith(options.only)}
+    budget = 0.5 if options.quick else 3.0
+    if options.measure:
+        torch.manual_seed(0)
+        print(measured(rows[options.only].make(), options.measure))
+        return
+    if options.memory:
+        print_memory(rows)
+    if options.growth:
+        print_growth(options.quick, budget / 3)
+    if options.compiled:
+        names = ("mlp B=64", "transformer B=32")
+        print_compiled({name: row for name, row in rows.items() if name in names}, budget)
+    if not (options.memory or options.growth or options.compiled):
+        print_steps(rows, budget)
+        if "gpt B=16" in rows:
+            print_tied()
+
+
+if __name__ == "__main__":
+    main()
