@@ -76,10 +76,7 @@ def select(batch: Batch, batch_dim: Any, examples: Tensor) -> Batch:
     values, restore = pytrees.flatten(batch)
     dims = batch_dims(batch, batch_dim)
     return restore(
-        [
-            v if d is None else v.index_select(d, examples)
-            for v, d in zip(values, dims, strict=True)
-        ]
+        [v if d is None else v.index_select(d, examples) for v, d in zip(values, dims, strict=True)]
     )
 
 
@@ -87,6 +84,14 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
     """Apply a function of a batch of one to every example; results stack along a first axis.
 
     Random draws inside the function are independent between examples.
+
+    Args:
+        function: of a batch of one; returns a pytree of tensors.
+        batch: the batch.
+        batch_dim: the example axis.
+
+    Returns:
+        What the function returned, stacked.
     """
     values, restore = pytrees.flatten(batch)
     dims = batch_dims(batch, batch_dim)
@@ -103,9 +108,9 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
         )
 
     mapped = [(v, d) for v, d in zip(values, dims, strict=True) if d is not None]
-    return torch.vmap(
-        batch_of_one, in_dims=([d for _, d in mapped],), randomness="different"
-    )([v for v, _ in mapped])
+    return torch.vmap(batch_of_one, in_dims=([d for _, d in mapped],), randomness="different")(
+        [v for v, _ in mapped]
+    )
 
 
 def warn_if_data_dependent(error: RuntimeError) -> None:

@@ -198,7 +198,8 @@ def _gradients(losses: Losses, params: Params, batch: Batch) -> list[Tensor]:
     if not values:
         return []
     values = [v.detach() for v in values]
-    out, pullback = torch.func.vjp(lambda *v: losses(restore(v), batch), *values)
+    result: Any = torch.func.vjp(lambda *v: losses(restore(v), batch), *values)
+    out, pullback = result
     weights = torch.linspace(1, 2, out.numel(), dtype=out.dtype, device=out.device)
     return [grad.detach() for grad in pullback(weights.reshape(out.shape))]
 

@@ -81,7 +81,7 @@ class _Remat(torch.autograd.Function):
                 full[k] = value
             return ctx.function(*full)
 
-        _, pullback = torch.func.vjp(of_floating, *(inputs[k] for k in floating))
+        pullback: Any = torch.func.vjp(of_floating, *(inputs[k] for k in floating))[1]
         grads: list[Tensor | None] = [None] * len(inputs)
         for k, grad in zip(floating, pullback(cotangents), strict=True):
             grads[k] = grad

@@ -151,9 +151,7 @@ def value_and_jd_step(
             f"expected linearize to be a function such as jdfunc.structured, got {linearize!r}"
         )
     rule = flattened(as_weighting(weighting))
-    lin = linearize(
-        model_fn, params, batch, buffers=buffers, batch_dim=batch_dim, has_aux=has_aux
-    )
+    lin = linearize(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim, has_aux=has_aux)
     if metric is None:
         gramian = lin.gram()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import oracles
@@ -111,8 +112,16 @@ CALLS = [
 ]
 
 
+def test_a_coupling_of_gradients_alone_is_found_by_the_check() -> None:
+    """No forward pass shows it, so no step does: `check_batch_independence` and `plan` do."""
+    model_fn, params, buffers, batch = _coupled(through_gradient_only)
+    for check in (jd.check_batch_independence, partial(jd.plan, batch_dim=0)):
+        with pytest.raises(ValueError, match="gradients of the 5 examples"):
+            check(model_fn, params, batch, buffers=buffers)
+
+
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("losses", [*VALUES, through_gradient_only], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("losses", VALUES, ids=lambda f: f.__name__)
 def test_coupled_losses_are_refused(losses: Any, call: Any) -> None:
     model_fn, params, buffers, batch = _coupled(losses)
     with pytest.raises(ValueError, match=r"(?s)(?i)(example|losses\[).*\d") as caught:
@@ -127,7 +136,7 @@ def test_coupled_losses_are_right_without_batch_dim(losses: Any) -> None:
     oracles.assert_close(jd.gramian(model_fn, params, batch, buffers=buffers), wanted)
 
 
-@pytest.mark.parametrize("losses", [*VALUES, through_gradient_only], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("losses", VALUES, ids=lambda f: f.__name__)
 def test_dense_is_right_or_refuses(losses: Any) -> None:
     model_fn, params, buffers, batch = _coupled(losses)
     try:

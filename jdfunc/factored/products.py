@@ -120,9 +120,7 @@ def gram(leaf: Factored, other: Factored | None, max_block_bytes: int) -> Tensor
 def product(x: Tensor, y: Tensor, *, symmetric: bool) -> Tensor:
     """Return x yᵀ for [m, n] and [q, n]; if symmetric, little more than half of it is computed."""
     m, q = x.shape[0], y.shape[0]
-    return by_blocks(
-        lambda a, b: x[a] @ y[b].mT, m, q, m * q, symmetric=symmetric, vectors=m
-    )
+    return by_blocks(lambda a, b: x[a] @ y[b].mT, m, q, m * q, symmetric=symmetric, vectors=m)
 
 
 def by_blocks(
@@ -138,6 +136,17 @@ def by_blocks(
 
     A symmetric matrix of enough vectors is computed in four strips or more, each up to the
     diagonal: five eighths of the work or less.
+
+    Args:
+        products: gives the block of some rows and some columns.
+        m: number of rows.
+        q: number of columns.
+        cells: of one block, at most.
+        symmetric: whether the matrix is.
+        vectors: how many vectors its rows stand for, which says what a strip saves.
+
+    Returns:
+        The matrix, [m, q].
     """
     strips = symmetric and vectors >= SMALLEST_STRIPS
     down = m if cells >= m * q else max(1, math.isqrt(cells))

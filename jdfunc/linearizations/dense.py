@@ -45,9 +45,7 @@ def jacobian(
         {'w': tensor([[3., 4.],
                 [2., 4.]])}
     """
-    lin = dense(
-        model_fn, params, batch, buffers=buffers, has_aux=has_aux, chunk_size=chunk_size
-    )
+    lin = dense(model_fn, params, batch, buffers=buffers, has_aux=has_aux, chunk_size=chunk_size)
     return (lin.rows, lin.aux) if has_aux else lin.rows
 
 

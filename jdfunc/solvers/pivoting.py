@@ -27,7 +27,15 @@ def pivot(
 ) -> tuple[Rows, Bool[Tensor, " rows"]]:
     """Block principal pivoting: exchange all indices of wrong sign, or the worst once that stalls.
 
-    The second output marks the rows that did not finish within `rounds`.
+    Args:
+        matrix: S, [1 or rows, m, m].
+        q: right-hand sides, [rows, m].
+        free: where to start, [rows, m].
+        tol: below this a sign counts as right.
+        rounds: how many exchanges at most.
+
+    Returns:
+        z, and a mark on the rows that did not finish.
     """
     done = torch.zeros(len(q), dtype=torch.bool, device=q.device)
     full_rounds = min(rounds, FULL_ROUNDS) if q.shape[-1] <= MASKED_SIZE else 0

@@ -21,6 +21,15 @@ def douglas_rachford(
     Repeats X ← X + 1.95 (|X| B + C − max(X, 0)) with B = ρ (S + ρI)⁻¹ and C = −q (S + ρI)⁻¹: one
     matrix product per step for all rows, until no sign changes over a period or the increments stay
     below `tol`. ρ = √(λ_min λ_max) balances the slowest modes at both ends of the spectrum.
+
+    Args:
+        matrix: S, symmetric positive definite.
+        q: right-hand sides.
+        tol: of the largest increment.
+        max_iters: how many iterations at most.
+
+    Returns:
+        X, of which the signs matter: they say which indices are free.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     largest = _top_eigenvalue(lambda x: matrix @ x, eye)

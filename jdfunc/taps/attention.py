@@ -76,7 +76,9 @@ def multi_head_attention(
     else:
         assert in_proj_weight is not None
         q, k, v = (
-            _linear_part(tap, func, x, in_proj_weight, in_proj_bias, slice(n * width, (n + 1) * width))
+            _linear_part(
+                tap, func, x, in_proj_weight, in_proj_bias, slice(n * width, (n + 1) * width)
+            )
             for n, x in enumerate((query, key, value))
         )
     mask = _merged_mask(attn_mask, key_padding_mask, q, batch, num_heads)

@@ -31,9 +31,7 @@ def batch_norm(
             f"batch_norm{owner} is in training mode and couples the examples of the batch; use "
             "batch_dim=None, module.eval(), or a norm without batch statistics"
         )
-    return tap.call(
-        func, input, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return tap.call(func, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def scaled_embedding(
@@ -50,10 +48,8 @@ def scaled_embedding(
 
 
 def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
-    """Rule of lstm, gru, rnn and their cells: the state must belong to the example, as input does.
-
-    The kernels write into products of the state in place, which `torch.vmap` refuses otherwise.
-    """
+    """Rule of lstm, gru, rnn and their cells: the state must belong to the example."""
+    # The kernels write into products of the state in place; vmap refuses if only input is batched.
     packed = isinstance(args[0], Tensor) and not isinstance(hx, (list, tuple)) and func not in CELLS
     if not packed:  # a packed sequence comes as (data, batch_sizes, hx, params, ...)
         zero = torch.zeros_like(input).sum()

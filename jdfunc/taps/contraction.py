@@ -102,7 +102,9 @@ def _positions(ndim: int) -> list[str]:
     return [f"s{k}" for k in range(ndim)]
 
 
-def linear(tap: Tap, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    tap: Tap, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Rule of `F.linear`: y = x Wᵀ + b."""
     if bias is not None:
         tap.note(func, (bias,), {})
@@ -162,9 +164,8 @@ def addmm(
 
 def einsum(tap: Tap, func: Any, *args: Any) -> Any:
     """Rule of `torch.einsum` of two operands, one of them a parameter."""
-    operands = args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
+    listed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    operands: list[Any] = list(args[1] if listed else args[1:])
     plain = isinstance(args[0], str) and len(operands) == 2
     if not plain or (tap.find(operands[0]) is None) == (tap.find(operands[1]) is None):
         return tap.call(func, *args)
@@ -246,8 +247,7 @@ RULES: dict[Any, Rule] = {
         ],
         matmul,
     ),
-    **dict.fromkeys(
-        [torch.t, Tensor.t, torch.transpose, Tensor.transpose, Tensor.T.__get__, Tensor.mT.__get__],
-        transpose,
-    ),
+    **dict.fromkeys([torch.t, Tensor.t, torch.transpose, Tensor.transpose], transpose),
+    Tensor.T.__get__: transpose,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.mT.__get__: transpose,  # pyright: ignore[reportAttributeAccessIssue]
 }

@@ -66,10 +66,8 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Rule of `F.embedding_bag` on bags [n, length]: an embedding, then a reduction of each bag.
-
-    Bags of different lengths, given by offsets, are left to torch.
-    """
+    """Rule of `F.embedding_bag` on bags [n, length]: an embedding, then a reduction of each bag."""
+    # Bags of different lengths, given by offsets, are left to torch.
     if input.ndim != 2 or tap.find(weight) is None:
         return tap.call(
             func,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from jdfunc import pytrees
 from jdfunc.checks import check_depends
 from jdfunc.factored.leaves import OneHot, Outer, Side, elements, materialise
 from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RULES, VMAP_RULES
@@ -68,10 +69,8 @@ def tapped(
 def _eager(
     losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
 ) -> Tapped:
-    """Ask autograd, inside the transform, for the gradient at the outputs of the uses.
-
-    No probe is added to the model and no shape is needed beforehand.
-    """
+    """Ask autograd, inside the transform, for the gradient at the outputs of the uses."""
+    # No probe is added to the model, and no shape is needed beforehand.
     names = list(params)
     create_graph = torch.is_grad_enabled()
 
@@ -108,17 +107,16 @@ def _eager(
         return losses, _settled(losses, aux, tap.uses, cotangents, rows)
 
     values = list(params.values())
-    return torch.func.vjp(run, values, values, has_aux=True)[2]
+    result: Any = torch.func.vjp(run, values, values, has_aux=True)
+    return result[2]
 
 
 def _traced(
     losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
 ) -> Tapped:
-    """Differentiate with respect to zero probes added to the outputs of the uses.
-
-    For the compiler: it cannot trace autograd inside a transform, and drops the first run, which
-    is there for the shapes of the probes and to see which parameters have other uses.
-    """
+    """Differentiate with respect to zero probes added to the outputs of the uses."""
+    # For the compiler, which cannot trace autograd inside a transform. It drops the first run,
+    # which is there for the shapes of the probes and to see which parameters have other uses.
     surveys: list[Tap] = []
     shapes: list[Tensor] = []
 
@@ -147,8 +145,9 @@ def _traced(
             losses, aux = losses_fn(given)
         return losses, (losses, aux, [use.given for use in tap.uses])
 
-    losses, pull, (losses, aux, givens) = torch.func.vjp(run, probes, others, has_aux=True)
-    cotangents, rows = _pull_each(pull, losses, chunk_size)
+    result: Any = torch.func.vjp(run, probes, others, has_aux=True)
+    _, pullback, (losses, aux, givens) = result
+    cotangents, rows = _pull_each(pullback, losses, chunk_size)
     uses = [use._replace(given=x) for use, x in zip(survey.uses, givens, strict=True)]
     return _settled(losses, aux, uses, dict(enumerate(cotangents)), rows)
 
@@ -158,19 +157,21 @@ def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: in
     m = losses.numel()
     if m <= 1:
         one = pullback(torch.ones_like(losses))
-        return _map(lambda grad: grad.expand(1, *grad.shape)[:m].reshape((*losses.shape, *grad.shape)), one)
+        return pytrees.map(
+            lambda grad: grad.expand(1, *grad.shape)[:m].reshape((*losses.shape, *grad.shape)), one
+        )
     units = torch.eye(m, dtype=losses.dtype, device=losses.device)
     units = units.reshape(m, *losses.shape)
     each = torch.vmap(pullback, chunk_size=chunk_size)(units)
-    return _map(lambda grads: grads.reshape((*losses.shape, *grads.shape[1:])), each)
-
-
-def _map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(fn, tree)
+    return pytrees.map(lambda grads: grads.reshape((*losses.shape, *grads.shape[1:])), each)
 
 
 def _settled(
-    losses: Tensor, aux: list[Tensor], uses: Sequence[Use], cotangents: dict[int, Tensor], rows: Named
+    losses: Tensor,
+    aux: list[Tensor],
+    uses: Sequence[Use],
+    cotangents: dict[int, Tensor],
+    rows: Named,
 ) -> Tapped:
     """Lay the uses out as their two sides, or as dense rows where these take less memory."""
     sides: dict[str, list[tuple[Side, Side]]] = {}
@@ -187,8 +188,8 @@ def _settled(
             activation = OneHot(activation.indices[shared])
         else:
             activation = activation[shared]
-        pair = (activation, cotangent) if use.activations_first else (cotangent, activation)
-        outer = Outer(*pair, use.param)
+        pair: Any = (activation, cotangent) if use.activations_first else (cotangent, activation)
+        outer = Outer(pair[0], pair[1], use.param)
         if isinstance(activation, Tensor) and losses.numel() * use.param.numel() < elements(outer):
             made = materialise(outer)
             rows[use.name] = rows[use.name] + made if use.name in rows else made

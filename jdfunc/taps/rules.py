@@ -24,4 +24,3 @@ RULES: dict[Any, Rule] = {
 
 #: What a model also needs to be run for one example at a time.
 ONE_EXAMPLE_RULES: dict[Any, Rule] = batching.RULES
-

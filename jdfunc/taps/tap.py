@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 
-from jdfunc.factored.leaves import OneHot, Side
+from jdfunc.factored.leaves import Side
 
 
 class Parameter(NamedTuple):
@@ -85,8 +85,7 @@ class Tap(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, *args, **kwargs)
-        self.note(func, args, kwargs)
-        return func(*args, **kwargs)
+        return self.call(func, *args, **kwargs)
 
     def find(self, tensor: Any) -> Parameter | None:
         """Return the parameter that a tensor is, if any."""
@@ -105,8 +104,11 @@ class Tap(TorchFunctionMode):
 
     def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function that takes no part in a rule."""
-        self.note(func, args, kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        outputs = output if isinstance(output, (list, tuple)) else (output,)
+        if any(isinstance(value, Tensor) for value in outputs):  # not a size, a device, a dtype
+            self.note(func, args, kwargs)
+        return output
 
     def view(self, found: Parameter, view: Tensor) -> Tensor:
         """Remember a transposed view of a parameter."""

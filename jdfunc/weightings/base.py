@@ -135,7 +135,7 @@ def flattened(weighting: Weighting | WeightingFn) -> Weighting | WeightingFn:
 
         def lifted(gramian: Tensor, **hyper: Any) -> Tensor:
             flat, rows = _flatten(gramian)
-            return weighting(flat, **hyper).reshape(rows)
+            return _one_per_row(weighting(flat, **hyper), flat).reshape(rows)
 
         return lifted
 
@@ -148,9 +148,23 @@ def flattened(weighting: Weighting | WeightingFn) -> Weighting | WeightingFn:
         flat, rows = _flatten(gramian)
         losses = None if losses is None else losses.reshape(-1)
         weights, state = weighting.update(flat, state, losses=losses)
-        return weights.reshape(rows), state
+        return _one_per_row(weights, flat).reshape(rows), state
 
     return Weighting(init, update)
+
+
+def _one_per_row(weights: Tensor, gramian: Tensor) -> Tensor:
+    """Return the weights, checked to be one for each objective of the Gramian."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(
+            f"Expected the weighting to return a tensor of weights, got {_name(weights)}."
+        )
+    if weights.shape != gramian.shape[:-1]:
+        raise ValueError(
+            "Expected the weighting to return one weight per objective, shape "
+            f"{list(gramian.shape[:-1])}, got {list(weights.shape)}."
+        )
+    return weights
 
 
 def check_gramian(gramian: Tensor) -> None:
