@@ -23,15 +23,16 @@ demo: $(STAMP)  ## Jacobian descent on handwritten digits: a table, and figures 
 test: $(STAMP)  ## fast tests and doctests, in parallel
 	$(PYTEST) -n 2 -m "not slow and not dist and not gpu"
 test-all: $(STAMP)  ## every test; those that need an accelerator skip themselves without one
-	$(PYTEST) -n 2 -m "not dist"
-	$(PYTEST) -m dist
+	$(PYTEST) -n 2
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 types: $(STAMP)  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(PY)
-bench: $(STAMP)  ## time per step against torchjd
-	$(PY) notebooks/bench.py
+bench: $(STAMP)  ## time and memory of a step, and of the weightings, against torchjd
+	$(PY) tests/benchmarks/bench_structured.py
+	$(PY) tests/benchmarks/bench_structured.py --memory
+	$(PY) tests/benchmarks/bench_weightings.py
 notebooks: $(STAMP)  ## run every notebook; the run copies go to build/notebooks
 	$(if $(NBS),OMP_NUM_THREADS=1 $(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks $(NBS))
 check: lint types test  ## all that has to pass before a merge

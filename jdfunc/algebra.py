@@ -209,20 +209,17 @@ def row_norms(rows: Rows, *, row_ndim: int = 1) -> Tensor:
         >>> row_norms({"w": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([4.0, 1.0])})
         tensor([5., 1.])
     """
-    squares = [
-        products.squared_norms(leaf)
-        if not isinstance(leaf, Tensor)
-        else leaf.to(torch.promote_types(leaf.dtype, torch.float32))
-        .square()
-        .flatten(row_ndim)
-        .sum(-1)
-        if leaf.ndim > row_ndim
-        else leaf.square()
-        for leaf in pytrees.leaves(rows, is_rows)
-    ]
+    squares = [_squared_norms(leaf, row_ndim) for leaf in pytrees.leaves(rows, is_rows)]
     if not squares:
         raise ValueError("expected rows with at least one leaf, got an empty pytree")
     return sum(squares[1:], squares[0]).sqrt()
+
+
+def _squared_norms(leaf: Any, row_ndim: int) -> Tensor:
+    """Return the squared norms of the rows of one leaf, [*rows]."""
+    if not isinstance(leaf, Tensor):
+        return products.squared_norms(leaf)
+    return _matrix(leaf, row_ndim).square().sum(-1).reshape(leaf.shape[:row_ndim])
 
 
 def _each_row(metric: Metric, rows: Rows, row_ndim: int) -> Rows:

@@ -86,10 +86,8 @@ def run_model(
 
 
 def check_depends(losses: Tensor, params: Params) -> None:
-    """Check that losses carry a gradient to some parameter.
-
-    A model that reads its own tensors instead of the params it is given is the usual reason.
-    """
+    """Check that losses carry a gradient to some parameter."""
+    # A model that reads its own tensors, not the params it is given, is the usual reason.
     if pytrees.leaves(params) and not losses.requires_grad:
         raise ValueError(
             "expected losses that depend on params, got losses that depend on none of them; call "

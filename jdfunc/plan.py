@@ -123,11 +123,11 @@ def plan(
         >>> def model_fn(params, buffers, batch):
         ...     return torch.nn.functional.linear(batch, params["w"]).square().sum(1)
         >>> print(plan(model_fn, {"w": torch.ones(9, 8)}, torch.eye(8), batch_dim=0))
-        parameter   shape  used by  rows      Gramian   held     temporary  mult-adds
+        parameter   shape  used by  rows      Gramian   held   temporary  mult-adds
+        ----------  -----  -------  --------  --------  -----  ---------  ---------
+        w           9×8    linear   factored  pairwise  544 B  768 B      1.7 k
         ----------  -----  -------  --------  --------  -------  ---------  ---------
-        w           9×8    linear   factored  pairwise  544 B    768 B      1.2 k
-        ----------  -----  -------  --------  --------  -------  ---------  ---------
-        losses [8]                                      544 B               1.2 k
+        losses [8]                                      544 B             1.7 k
     """
     lin = structured(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim, has_aux=has_aux)
     if batch_dim is not None:

@@ -72,7 +72,7 @@ def jd_step(
         ...     return torch.stack([(batch * params["w"]).sum(), -params["w"][0]])
         >>> params, batch = {"w": torch.tensor([1.0, 2.0])}, torch.tensor([1.0, 1.0])
         >>> jd_step(model_fn, params, batch, weighting=upgrad)
-        {'w': tensor([0.0000, 0.7500])}
+        {'w': tensor([-0.2500,  0.7500])}
     """
     if isinstance(weighting, Weighting):
         raise ValueError(

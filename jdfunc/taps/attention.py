@@ -58,29 +58,9 @@ def multi_head_attention(
             key_padding_mask = key_padding_mask[None]
     target, batch, width = query.shape
     head = width // num_heads
-    if use_separate_proj_weight:
-        assert q_proj_weight is not None
-        assert k_proj_weight is not None
-        assert v_proj_weight is not None
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        if in_proj_bias is not None:
-            tap.note(func, (in_proj_bias,), {})
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-        q, k, v = (
-            linear(tap, func, x, w, b)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-    elif same:
-        assert in_proj_weight is not None
-        q, k, v = linear(tap, func, query, in_proj_weight, in_proj_bias).chunk(3, -1)
-    else:
-        assert in_proj_weight is not None
-        q, k, v = (
-            _linear_part(
-                tap, func, x, in_proj_weight, in_proj_bias, slice(n * width, (n + 1) * width)
-            )
-            for n, x in enumerate((query, key, value))
-        )
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+    packed = None if use_separate_proj_weight else in_proj_weight
+    q, k, v = _projections(tap, func, (query, key, value), packed, separate, in_proj_bias, same)
     mask = _merged_mask(attn_mask, key_padding_mask, q, batch, num_heads)
     if bias_k is not None and bias_v is not None:
         tap.note(func, (bias_k, bias_v), {})
@@ -107,6 +87,35 @@ def multi_head_attention(
     if batched:
         return output, reported
     return output.squeeze(1), None if reported is None else reported.squeeze(0)
+
+
+def _projections(
+    tap: Tap,
+    func: Any,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    packed: Tensor | None,
+    separate: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    same: bool,
+) -> list[Tensor]:
+    """Project queries, keys and values by one packed weight, or by three."""
+    if packed is not None and same:
+        return list(linear(tap, func, inputs[0], packed, bias).chunk(3, -1))
+    if packed is not None:
+        width = packed.shape[0] // 3
+        parts = [slice(n * width, (n + 1) * width) for n in range(3)]
+        return [
+            _linear_part(tap, func, x, packed, bias, part)
+            for x, part in zip(inputs, parts, strict=True)
+        ]
+    if bias is not None:
+        tap.note(func, (bias,), {})
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    projected = []
+    for x, weight, b in zip(inputs, separate, biases, strict=True):
+        assert weight is not None
+        projected.append(linear(tap, func, x, weight, b))
+    return projected
 
 
 def _linear_part(
