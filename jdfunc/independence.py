@@ -71,16 +71,17 @@ def check_batch_independence(
     def coupled(examples: list[int]) -> list[int]:
         part = select(batch, batch_dim, torch.tensor(examples))
         with torch.no_grad():
-            first, second = together(params, part), together(params, part)
-        own = alone(params, part).detach()
-        if own.shape == first.shape and bool(_differ(first, second).any()):  # random beyond dropout
-            return []
-        return _differ(own, first).nonzero().flatten().tolist()
+            of_part = together(params, part)
+        return _differ(alone(params, part).detach(), of_part).nonzero().flatten().tolist()
 
+    with torch.no_grad():
+        first, second = together(params, batch), together(params, batch)
+    if first.ndim and bool(_differ(first, second).any()):  # random beyond dropout
+        return
     everyone = list(range(size))
     for i in coupled(everyone):
-        pair = next(([i, j] for j in everyone if j != i and coupled([i, j])), [])
-        _raise_coupled(i, f"example {pair[1]}" if pair else "the others")
+        partner = next((j for j in everyone if j != i and 0 in coupled([i, j])), None)
+        _raise_coupled(i, "the others" if partner is None else f"example {partner}")
     first, second = _gradients(alone, params, batch), _gradients(together, params, batch)
     scale = max((float(g.abs().max()) for g in first if g.numel()), default=0.0)
     for a, b in zip(first, second, strict=True):
@@ -167,15 +168,13 @@ def _runs(
     The third result fills with the dropouts that were left out.
     """
     dropouts: list[str] = []
-    rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES, **_without_dropout(dropouts)}
-    runs = [
-        losses_function(model_fn, buffers, has_aux=has_aux, by_example=by_example)[0]
-        for by_example in (True, False)
-    ]
+    without_dropout = _without_dropout(dropouts)
 
-    def tapped(run: Any, params: Params, batch: Batch) -> Tensor:
+    def tapped(params: Params, batch: Batch, by_example: bool) -> Tensor:
+        run, _ = losses_function(model_fn, buffers, has_aux=has_aux, by_example=by_example)
         named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
-        tap = Tap(named, rules)
+        vmap_rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES} if by_example else {}
+        tap = Tap(named, {**vmap_rules, **without_dropout})
         with tap:
             return run(params, batch)[0]
 
@@ -184,12 +183,12 @@ def _runs(
         def one(example: Batch) -> Tensor:
             values, restore = pytrees.flatten(params)
             if not values:
-                return tapped(runs[0], params, example)
-            return torch.func.vjp(lambda *v: tapped(runs[0], restore(v), example), *values)[0]
+                return tapped(params, example, True)
+            return torch.func.vjp(lambda *v: tapped(restore(v), example, True), *values)[0]
 
         return for_each_example(one, batch, batch_dim)
 
-    return alone, lambda params, batch: tapped(runs[1], params, batch), dropouts
+    return alone, lambda params, batch: tapped(params, batch, False), dropouts
 
 
 def _gradients(losses: Losses, params: Params, batch: Batch) -> list[Tensor]:

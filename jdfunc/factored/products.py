@@ -108,13 +108,13 @@ def gram(leaf: Factored, other: Factored | None, max_block_bytes: int) -> Tensor
         return by_blocks(products, m, q, cells, symmetric=other is None, vectors=vectors)
     width = us[0].right.shape[-1]
     step = max(1, max_block_bytes * width // max(1, materialised.elements * itemsize))
-    total = us[0].right.new_zeros(())
-    for start in range(0, width, step):
+    blocks = []
+    for start in range(0, max(1, width), step):
         columns = slice(start, start + step)
         x = _materialised(us, columns)
         y = x if other is None else _materialised(vs, columns)
-        total = total + product(x, y, symmetric=other is None)
-    return total
+        blocks.append(product(x, y, symmetric=other is None))
+    return sum(blocks[1:], blocks[0])
 
 
 def product(x: Tensor, y: Tensor, *, symmetric: bool) -> Tensor:
@@ -199,12 +199,12 @@ def _materialised(uses: Uses, columns: slice) -> Tensor:
 def _pairwise(us: Uses, vs: Uses) -> Tensor:
     """Σ over pairs of uses of Σ_hst (left · left)(right · right), [m, q]."""
     m, q = math.prod(rows_shape(us[0])), math.prod(rows_shape(vs[0]))
-    total = us[0].right.new_zeros(())
+    blocks = []
     for u in us:
         for v in vs:
             products = _inner(u.left, v.left) * _inner(u.right, v.right)
-            total = total + products.sum((0, u.right.ndim - 2, -1)).reshape(m, q)
-    return total
+            blocks.append(products.sum((0, u.right.ndim - 2, -1)).reshape(m, q))
+    return sum(blocks[1:], blocks[0])
 
 
 def _inner(x: Side, y: Side) -> Tensor:
