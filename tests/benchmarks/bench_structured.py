@@ -23,15 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from clocks import interleaved, median
+from floors import machine_rates, print_floor
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from torchjd.autogram import Engine
 from training import STEPS, Case, cnn, gpt, jdfunc_step, mlp, model_fn_of, sgd_step, transformer
 
 import jdfunc as jd
-from jdfunc import algebra, pytrees
-from jdfunc.factored.leaves import elements
-from jdfunc.factored.products import gram_cost
 
 
 class Row(NamedTuple):
@@ -52,6 +49,8 @@ ROWS = {
     "gpt B=16": Row(partial(gpt, 16), 2),
 }
 MEMORY_BARS = 0.6, 2.0
+FIRST = "first step"
+CLEAR = pathlib.Path("/proc/self/clear_refs")
 PARTS = ("linearize", "gram", "weighting", "combine")
 
 
@@ -103,59 +102,9 @@ def print_steps(rows: dict[str, Row], budget: float) -> None:
             missed.append((name, case, times))
     rates = machine_rates() if missed else (0.0, 0.0)
     for name, case, times in missed:
-        print_floor(name, case, times, rates)
-
-
-def machine_rates() -> tuple[float, float]:
-    """Multiply-adds per second of a matrix product, and bytes per second of a copy."""
-    x, long = torch.randn(1024, 1024), torch.randn(1 << 24)
-    product, copied = (min(t) for t in interleaved([lambda: x @ x, long.clone], 1, fewest=8))
-    return 1024**3 / product, 2 * 4 * len(long) / copied
-
-
-def print_floor(name: str, case: Case, times: list[float], rates: tuple[float, float]) -> None:
-    """Least multiply-adds and bytes of a step, counted from static shapes, beside its time."""
-    (n, _), params = case.batch, [*case.model.parameters()]
-    leaves = pytrees.leaves(linearized(case).rows, algebra.is_rows)
-    dense = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    factored = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-    m, numel = len(n), sum(p.numel() for p in params)
-    forms = [min(gram_cost(leaf), key=lambda cost: cost.total) for leaf in factored]
-    held = sum(x.numel() for x in dense) + sum(elements(x) for x in factored)
-    gram = sum(form.multiply_adds for form in forms) + sum(x.numel() * m for x in dense) // 2
-    combine = sum(gram_cost(leaf)[1].multiply_adds - m * m * leaf_numel(leaf) for leaf in factored)
-    macs = {"passes": passes(case), "gram": gram, "combine": combine}
-    # Parameters are read by both passes and the directions written; each side is written, read for
-    # the Gramian and read for the direction.
-    moved = 4 * (3 * numel + 3 * held + 2 * sum(form.elements for form in forms))
-    ms = {key: count / rates[0] * 1e3 for key, count in macs.items()}
-    ms["memory"] = moved / rates[1] * 1e3
-    ms["weighting"] = times[3 + PARTS.index("weighting")] * 1e3
-    floor, plain = sum(ms.values()), times[2] * 1e3
-    print(
-        f"{name}: floor {floor:.2f} ms = {floor / plain:.2f} SGD steps, the step takes "
-        f"{times[0] * 1e3 / floor:.2f} times that; "
-        + ", ".join(f"{key} {value:.2f}" for key, value in ms.items())
-        + f"; {sum(macs.values()) / 1e6:.0f} M multiply-adds at {rates[0] / 1e9:.0f} G/s, "
-        f"{moved / 1e6:.0f} MB at {rates[1] / 1e9:.1f} GB/s",
-        flush=True,
-    )
-
-
-def leaf_numel(leaf: Any) -> int:
-    """How many elements the parameter of a leaf has."""
-    return leaf.param.numel() if hasattr(leaf, "param") else leaf.uses[0].param.numel()
-
-
-def passes(case: Case) -> int:
-    """Multiply-adds of the forward pass and of the backward pass to the first layer's output."""
-    model, outputs = copy.deepcopy(case.model), []
-    first = next(m for m in model.modules() if [*m.parameters(recurse=False)])
-    first.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with FlopCounterMode(display=False) as counter:
-        losses = case.forward(model, case.batch)
-        torch.autograd.grad(losses.sum(), outputs[:1])
-    return counter.get_total_flops() // 2
+        weighting = times[3 + PARTS.index("weighting")]
+        rows_held = linearized(case).rows
+        print_floor(name, case, rows_held, (times[0], times[2], weighting), rates)
 
 
 def print_tied() -> None:
@@ -183,21 +132,25 @@ def _error(value: Tensor, exact: Tensor) -> float:
 
 
 def print_memory(rows: dict[str, Row]) -> None:
-    """Peak memory of three steps in a fresh process, above that of imports, model and batch."""
+    """Peak memory of three steps in a fresh process, above that of imports, model and batch.
+
+    The first line is what a first step of any model adds, mostly by modules that it imports late;
+    the others are measured after such a step.
+    """
     print(
         f"{'peak MB':<18}{'jdfunc':>9}{'torchjd':>10}{'sgd':>8}"
         f"{'ours/torchjd':>14}{'bar':>6}{'ours/sgd':>10}{'bar':>6}"
     )
-    for name in rows:
+    for name in [FIRST, *rows]:
         found = []
         for step in STEPS:
             command = [sys.executable, __file__, "--measure", step, "--only", name]
-            runs = [
-                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                for _ in range(3)
-            ]
-            found.append(median(sorted(runs)))
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append(float(run.stdout))
         ours, theirs, plain = found
+        if name == FIRST:
+            print(f"{name:<18}{ours:>9.1f}{theirs:>10.1f}{plain:>8.1f}", flush=True)
+            continue
         marks = [
             "*" if ours / other > bar else " "
             for other, bar in zip((theirs, plain), MEMORY_BARS, strict=True)
@@ -212,6 +165,8 @@ def print_memory(rows: dict[str, Row]) -> None:
 def measured(case: Case, step: str) -> float:
     """Peak memory of three steps in MB above what is there before."""
     run = STEPS[step](case)
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # the peak so far is forgotten
     before = _peak()
     for _ in range(3):
         run()
@@ -220,9 +175,9 @@ def measured(case: Case, step: str) -> float:
 
 def _peak() -> float:
     # Of this program alone: ru_maxrss starts from the peak of the process that started it.
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    if CLEAR.exists():
+        status = CLEAR.with_name("status").read_text().splitlines()
+        lines = [line for line in status if line.startswith("VmHWM")]
         return int(lines[0].split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -307,7 +262,10 @@ def main() -> None:
     budget = 0.5 if options.quick else 3.0
     if options.measure:
         torch.manual_seed(0)
-        print(measured(rows[options.only].make(), options.measure))
+        first = measured(mlp(2, 8), options.measure)
+        print(
+            first if options.only == FIRST else measured(rows[options.only].make(), options.measure)
+        )
         return
     if options.memory:
         print_memory(rows)
