@@ -322,6 +322,13 @@ def test_strips_save_work(m: int) -> None:
     assert len(recorded_blocks(m, m, m * m, symmetric=True, vectors=255)) == 1
 
 
+def test_blocks_are_square() -> None:
+    """A square reads the fewest vectors for its cells."""
+    blocks = recorded_blocks(32, 32, 64, symmetric=False, vectors=32)
+    assert {(b - a, d - c) for a, b, c, d in blocks} == {(8, 8)}
+    assert len(blocks) == 16
+
+
 @pytest.mark.parametrize("m", [5, 64, 67])
 @pytest.mark.parametrize("shared", [False, True])
 def test_strips_of_leaves(m: int, shared: bool) -> None:
