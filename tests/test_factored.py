@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 from unittest import mock
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import jdfunc as jd
 from jdfunc.factored import leaves, products
 from jdfunc.factored.leaves import OneHot, Outer, Tied
 from jdfunc.factored.products import GramCost
@@ -556,3 +558,40 @@ def test_gram_of_integer_powers_is_exact() -> None:
     for form in ("pairwise", "materialised"):
         with forced(form):
             assert torch.equal(products.gram(leaf, None, HUGE), wanted)
+
+
+# --- uses by rules, in spellings beyond those of the zoo --------------------------------------
+
+
+def last(*dims: int) -> Any:
+    return lambda w, x: x @ torch.transpose(w, *dims)
+
+
+SPELLINGS: dict[str, Any] = {  # w [4, 4], x [3, 4]
+    "addmm_parameter_first": lambda w, x: torch.addmm(x.T, w, x.T, beta=0.5, alpha=-1.5).T,
+    "addmm_parameter_first_integer": lambda w, x: torch.addmm(x.T, w, x.T, alpha=3).T,
+    "addmm_parameter_last_integer": lambda w, x: torch.addmm(x, x, w, alpha=-2),
+    "transposed": last(0, 1),
+    "transposed_from_the_end": last(-1, -2),
+    "transposed_mixed": last(1, -2),
+    "transposed_onto_itself": last(0, 0),
+    "transposed_onto_itself_mixed": last(1, -1),
+    "transposed_twice": lambda w, x: x @ w.T.mT,
+    "transposed_three_times": lambda w, x: x @ w.T.mT.t(),
+    "transposed_by_name": lambda w, x: x @ w.transpose(dim0=0, dim1=1),
+    "transposed_by_name_onto_itself": lambda w, x: x @ w.transpose(dim0=0, dim1=-2),
+    "by_itself": lambda w, x: x @ (w @ w),
+    "by_its_transpose": lambda w, x: x @ (w @ w.T),
+}
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str, batch_dim: Any) -> None:
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        return SPELLINGS[name](params["w"], x).sin().sum(1)
+
+    params, x = {"w": randn(4, 4)}, randn(3, 4)
+    rows = jd.structured(model_fn, params, x, batch_dim=batch_dim).rows
+    wanted = oracles.jacobian_rows(model_fn, params, {}, x)
+    oracles.assert_close(jd.to_dense(rows), wanted, tolerance=1e-12)
