@@ -126,7 +126,7 @@ def plan(
         parameter   shape  used by  rows      Gramian   held   temporary  mult-adds
         ----------  -----  -------  --------  --------  -----  ---------  ---------
         w           9×8    linear   factored  pairwise  544 B  768 B      1.7 k
-        ----------  -----  -------  --------  --------  -------  ---------  ---------
+        ----------  -----  -------  --------  --------  -----  ---------  ---------
         losses [8]                                      544 B             1.7 k
     """
     lin = structured(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim, has_aux=has_aux)

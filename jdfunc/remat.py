@@ -40,7 +40,8 @@ def remat(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def rematerialised(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # In a backward pass this is a block inside a block, which is being recomputed already.
+        if torch.compiler.is_compiling() or torch._C._current_autograd_node() is not None:
             return function(*args)
         tensors, restore = pytrees.partition(args, lambda leaf: isinstance(leaf, Tensor))
         single: list[bool] = []

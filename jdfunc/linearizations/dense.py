@@ -39,6 +39,7 @@ def jacobian(
     Cost: one forward pass, m pullbacks, m·n elements.
 
     Example:
+        >>> import torch
         >>> def model_fn(params, buffers, batch):
         ...     return torch.stack([(batch * params["w"]).sum(), params["w"].square().sum()])
         >>> jacobian(model_fn, {"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 4.0]))
