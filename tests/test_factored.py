@@ -595,3 +595,36 @@ def test_spellings(name: str, batch_dim: Any) -> None:
     rows = jd.structured(model_fn, params, x, batch_dim=batch_dim).rows
     wanted = oracles.jacobian_rows(model_fn, params, {}, x)
     oracles.assert_close(jd.to_dense(rows), wanted, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("padding", [-1, -5, 0, 4])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_with_padding_from_the_end(mode: str, padding: int, batch_dim: Any) -> None:
+    """Padding of bags counted from the end, and bags of nothing but padding."""
+
+    def model_fn(params: Any, buffers: Any, index: Tensor) -> Tensor:
+        out = F.embedding_bag(index, params["w"], padding_idx=padding, mode=mode)
+        return (out.sin() + out).sum(1)
+
+    index = torch.tensor([[0, 4, 2], [4, 4, 4], [0, 0, 0], [1, 2, 4]])
+    params = {"w": randn(5, 3)}
+    lin = jd.structured(model_fn, params, index, batch_dim=batch_dim)
+    torch.testing.assert_close(lin.losses, model_fn(params, {}, index))
+    wanted = oracles.jacobian_rows(model_fn, params, {}, index)
+    oracles.assert_close(jd.to_dense(lin.rows), wanted, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("call", [F.embedding, F.embedding_bag])
+def test_an_embedding_that_rewrites_its_parameter_is_refused(call: Any, batch_dim: Any) -> None:
+    params, before = {"table": 3 * torch.ones(5, 3, dtype=F64)}, 3 * torch.ones(5, 3, dtype=F64)
+
+    def model_fn(params: Any, buffers: Any, index: Tensor) -> Tensor:
+        return call(index, params["table"], max_norm=1.0).flatten(1).sum(1)
+
+    index = torch.randint(0, 5, (4, 2))
+    for linearize in (jd.structured, jd.dense):
+        with pytest.raises(ValueError, match="'table' without max_norm"):
+            linearize(model_fn, params, index, batch_dim=batch_dim)
+    assert torch.equal(params["table"], before)
