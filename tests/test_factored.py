@@ -628,3 +628,34 @@ def test_an_embedding_that_rewrites_its_parameter_is_refused(call: Any, batch_di
         with pytest.raises(ValueError, match="'table' without max_norm"):
             linearize(model_fn, params, index, batch_dim=batch_dim)
     assert torch.equal(params["table"], before)
+
+
+def test_an_embedding_scaled_by_frequencies_of_the_batch_is_refused() -> None:
+    """By a module, which hands its options on by position, and by keyword."""
+    params, index = {"weight": randn(5, 3)}, torch.randint(0, 5, (4, 2))
+    module = torch.nn.Embedding(5, 3, scale_grad_by_freq=True).double()
+    for call in (
+        lambda p, i: torch.func.functional_call(module, p, (i,)),
+        lambda p, i: F.embedding(i, p["weight"], scale_grad_by_freq=True),
+    ):
+        with pytest.raises(ValueError, match="scale_grad_by_freq"):
+            jd.gramian(
+                lambda p, b, i, f=call: f(p, i).sin().sum((1, 2)), params, index, batch_dim=0
+            )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_a_batch_axis(masked: bool) -> None:
+    """One loss per token; dropout is off in evaluation mode."""
+    module = torch.nn.MultiheadAttention(4, 2, dropout=0.5).double().eval()
+    padding = torch.tensor([False, True, False, False, True]) if masked else None
+
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        options = {"key_padding_mask": padding}
+        return torch.func.functional_call(module, params, (x, x, x), options)[0].sin().sum(1)
+
+    params, x = {k: p.detach() for k, p in module.named_parameters()}, randn(5, 4)
+    lin = jd.structured(model_fn, params, x)
+    torch.testing.assert_close(lin.losses, model_fn(params, {}, x))
+    wanted = oracles.jacobian_rows(model_fn, params, {}, x)
+    oracles.assert_close(jd.to_dense(lin.rows), wanted, tolerance=1e-11)
