@@ -276,6 +276,17 @@ def test_dropout_in_a_module_is_left_out() -> None:
         jd.check_batch_independence(coupled, params, x, buffers=buffers)
 
 
+def test_an_infinite_loss_hides_no_coupling() -> None:
+    def model_fn(p: Any, b: Any, x: Tensor) -> Tensor:
+        y = linear(p, b, x).sum(1)
+        return torch.where(x[:, 0] > 9, torch.inf, y - 0.5 * y.mean())
+
+    x = randn(6, 4)
+    x[3, 0] = 10.0
+    with pytest.raises(ValueError, match="one example each"):
+        jd.check_batch_independence(model_fn, PARAMS, x)
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_the_tolerance_is_relative(scale: float) -> None:
     """Coupling of 1e-6 of the loss is seen in float64 at every scale; 1e-9 is rounding."""
@@ -363,12 +374,14 @@ def test_the_guard_makes_nan_where_values_cannot_be_read() -> None:
     def run(model_fn: Any) -> Any:
         def one(params: Any) -> Any:
             info, grads = jd.value_and_jd_step(model_fn, params, x, batch_dim=0, weighting=jd.mean)
-            return info.losses, info.gramian, grads["w"]
+            lin = jd.structured(model_fn, params, x, batch_dim=0)
+            combined = lin.combine(torch.ones(5, dtype=F64))["w"]
+            return info.losses, info.gramian, grads["w"], combined
 
         return torch.vmap(one)(stacked)
 
     assert all(t.isnan().all() for t in run(BAD["minus_mean"]))
-    for got, k in zip(run(GOOD["plain"]), range(3), strict=True):
+    for got, k in zip(run(GOOD["plain"]), range(4), strict=True):
         assert got.isfinite().all(), k
 
 
