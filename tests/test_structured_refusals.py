@@ -334,3 +334,28 @@ def test_rounding_is_not_taken_for_coupling(dtype: torch.dtype) -> None:
 
     jd.check_batch_independence(model_fn, params, (x, y))
     assert jd.gramian(model_fn, params, (x, y), batch_dim=0).isfinite().all()
+
+
+@pytest.mark.parametrize("linearize", [jd.structured, jd.dense], ids=["structured", "dense"])
+def test_coupled_losses_are_nan_under_vmap(linearize: Any) -> None:
+    """An outer vmap hides the values that an error would need: no number rather than a wrong one."""
+    for losses, coupled in ((per_example, False), (class_balanced, True)):
+        model_fn, params, buffers, batch = _coupled(losses)
+
+        def step(params: Any, model_fn: Any = model_fn, batch: Any = batch) -> Any:
+            return jd.value_and_jd_step(model_fn, params, batch, batch_dim=0, linearize=linearize)
+
+        info, grads = torch.func.vmap(step)({k: torch.stack([v, v]) for k, v in params.items()})
+        for value in (info.losses, info.gramian, *grads.values()):
+            assert bool(value.isnan().all()) == coupled
+            assert bool(value.isfinite().all()) == (not coupled)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("linearize", [jd.structured, jd.dense], ids=["structured", "dense"])
+def test_coupled_losses_are_nan_when_compiled(linearize: Any) -> None:
+    torch.compiler.reset()
+    model_fn, params, buffers, batch = _coupled(class_balanced)
+    step = partial(jd.jd_step, model_fn, batch_dim=0, linearize=linearize, weighting=jd.mean)
+    grads = torch.compile(step, fullgraph=True, backend="aot_eager")(params, batch)
+    assert all(bool(grad.isnan().all()) for grad in grads.values())
