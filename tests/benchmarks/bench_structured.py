@@ -109,22 +109,27 @@ def print_steps(rows: dict[str, Row], budget: float) -> None:
 
 def print_tied() -> None:
     """The Gramian of the tied model in float64 against rows of autograd, one by one."""
-    torch.manual_seed(0)
-    case = gpt(4)
-    case = case._replace(model=case.model.double())
-    params = [*case.model.parameters()]
-    losses = case.forward(case.model, case.batch)
-    rows = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
-    matrix = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    exact = matrix @ matrix.T
-    ours = linearized(case).gram()
-    hooked = copy.deepcopy(case.model)
-    theirs = Engine(hooked, batch_dim=0).compute_gramian(case.forward(hooked, case.batch))
-    weights = jd.upgrad(exact)
-    direction = torch.cat([g.flatten() for g in linearized(case).combine(weights).values()])
     print("\ntied embedding and head, float64, largest error / largest entry")
-    print(f"  Gramian: jdfunc {_error(ours, exact):.1e}, torchjd {_error(theirs, exact):.1e}")
-    print(f"  direction: jdfunc {_error(direction, matrix.T @ weights):.1e}", flush=True)
+    for title, head in (("head a layer", True), ("head a use by the parent", False)):
+        torch.manual_seed(0)
+        case = gpt(4, head=head)
+        case = case._replace(model=case.model.double())
+        params = [*case.model.parameters()]
+        losses = case.forward(case.model, case.batch)
+        rows = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+        matrix = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        exact = matrix @ matrix.T
+        lin = linearized(case)
+        hooked = copy.deepcopy(case.model)
+        theirs = Engine(hooked, batch_dim=0).compute_gramian(case.forward(hooked, case.batch))
+        weights = jd.upgrad(exact)
+        direction = torch.cat([g.flatten() for g in lin.combine(weights).values()])
+        print(
+            f"  {title}: Gramian jdfunc {_error(lin.gram(), exact):.1e}, torchjd "
+            f"{_error(theirs, exact):.1e}; direction jdfunc "
+            f"{_error(direction, matrix.T @ weights):.1e}",
+            flush=True,
+        )
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

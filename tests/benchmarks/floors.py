@@ -43,7 +43,13 @@ def print_floor(
     combine = sum(
         gram_cost(leaf)[1].multiply_adds - m * m * param_of(leaf).numel() for leaf in factored
     )
-    macs = {"passes": passes(case), "gram": gram, "combine": combine}
+    through, to_weights = passes(case)
+    macs = {
+        "passes": through,
+        "dense rows": max(0, to_weights - combine),  # a row takes what its weight gradient takes
+        "gram": gram,
+        "combine": combine,
+    }
     # Parameters are read by both passes and the directions written; each side is written, read for
     # the Gramian and read for the direction.
     moved = 4 * (3 * numel + 3 * held + 2 * sum(form.elements for form in forms))
@@ -61,12 +67,17 @@ def print_floor(
     )
 
 
-def passes(case: Case) -> int:
-    """Multiply-adds of the forward pass and of the backward pass to the first layer's output."""
+def passes(case: Case) -> tuple[int, int]:
+    """Multiply-adds forward and back to the first layer's output, and of all weight gradients."""
     model, outputs = copy.deepcopy(case.model), []
     first = next(m for m in model.modules() if [*m.parameters(recurse=False)])
     first.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with FlopCounterMode(display=False) as counter:
-        losses = case.forward(model, case.batch)
-        torch.autograd.grad(losses.sum(), outputs[:1])
-    return counter.get_total_flops() // 2
+    counts = []
+    for to_weights in (False, True):
+        outputs.clear()
+        with FlopCounterMode(display=False) as counter:
+            losses = case.forward(model, case.batch)
+            wanted = [*model.parameters()] if to_weights else outputs[:1]
+            torch.autograd.grad(losses.sum(), wanted)
+        counts.append(counter.get_total_flops() // 2)
+    return counts[0], counts[1] - counts[0]

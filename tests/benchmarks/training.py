@@ -86,20 +86,25 @@ class CausalBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """Causal blocks whose head is the embedding."""
+    """Causal blocks whose head is the embedding: as a layer of its own, or used by the parent."""
 
-    def __init__(self, vocabulary: int, width: int, length: int, blocks: int) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, length: int, blocks: int, *, head: bool = True
+    ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(CausalBlock(width, 4) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.tokens.weight, std=0.1)
-        self.head.weight = self.tokens.weight
+        self.head = nn.Linear(width, vocabulary, bias=False) if head else None
+        if self.head is not None:
+            self.head.weight = self.tokens.weight
         self.register_buffer("order", torch.arange(length), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tokens(x) + self.places(self.order.expand(x.shape))
-        return self.head(self.norm(self.blocks(x)))
+        x = self.norm(self.blocks(x))
+        return F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
 
 
 def mlp(size: int, width: int = 1024) -> Case:
@@ -127,10 +132,10 @@ def transformer(size: int, length: int = 16, width: int = 128) -> Case:
     return Case(Classifier(width, 4), batch, per_example)
 
 
-def gpt(size: int, length: int = 64) -> Case:
+def gpt(size: int, length: int = 64, *, head: bool = True) -> Case:
     """Two causal blocks of width 64 with one matrix for embedding and head."""
     batch = torch.randint(101, (size, length)), torch.randint(101, (size, length))
-    return Case(GPT(101, 64, length, 2), batch, per_sequence)
+    return Case(GPT(101, 64, length, 2, head=head), batch, per_sequence)
 
 
 def model_fn_of(case: Case) -> Callable[..., Tensor]:
