@@ -338,7 +338,7 @@ def test_rounding_is_not_taken_for_coupling(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("linearize", [jd.structured, jd.dense], ids=["structured", "dense"])
 def test_coupled_losses_are_nan_under_vmap(linearize: Any) -> None:
-    """An outer vmap hides the values that an error would need: no number rather than a wrong one."""
+    """An outer vmap hides what an error would need: no number rather than a wrong one."""
     for losses, coupled in ((per_example, False), (class_balanced, True)):
         model_fn, params, buffers, batch = _coupled(losses)
 
@@ -359,3 +359,17 @@ def test_coupled_losses_are_nan_when_compiled(linearize: Any) -> None:
     step = partial(jd.jd_step, model_fn, batch_dim=0, linearize=linearize, weighting=jd.mean)
     grads = torch.compile(step, fullgraph=True, backend="aot_eager")(params, batch)
     assert all(bool(grad.isnan().all()) for grad in grads.values())
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_an_overwritten_input_of_the_first_layer_is_refused(batch_dim: Any) -> None:
+    """Autograd does not look at it: nothing before this layer is differentiated."""
+
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        copy = x.clone()
+        out = F.linear(copy, params["w"])
+        copy.add_(1.0)
+        return out.square().sum(1)
+
+    with pytest.raises(ValueError, match="input of linear with parameter 'w' .* in place"):
+        jd.gramian(model_fn, {"w": randn(3, 5)}, randn(4, 5), batch_dim=batch_dim)

@@ -413,3 +413,21 @@ def test_plan_accounts_for_every_parameter(name: str, batch_dim: Any) -> None:
     text = str(jd.plan(t.model_fn, t.params, t.batch, buffers=t.buffers, batch_dim=batch_dim))
     for key in t.params:
         assert key in text
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_one_parameter_as_matrices_of_two_shapes(batch_dim: Any) -> None:
+    """[2, 3, 4] as [2, 12] and as [6, 4]: uses that have no common factored form."""
+    params = {"w": torch.randn(2, 3, 4, dtype=torch.float64)}
+    batch = (torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, 3, dtype=torch.float64))
+
+    def model_fn(params: Any, buffers: Any, batch: Any) -> Tensor:
+        x, y = batch
+        first = torch.einsum("bi,ihe->bhe", x, params["w"]).flatten(1)
+        return torch.cat([first, torch.einsum("bih,ihe->be", y, params["w"])], 1).square().sum(1)
+
+    lin = jd.structured(model_fn, params, batch, batch_dim=batch_dim)
+    oracles.assert_close(lin.gram(), oracles.gramian(model_fn, params, {}, batch), what="G")
+    oracles.assert_close(
+        jd.to_dense(lin.rows), oracles.jacobian_rows(model_fn, params, {}, batch), what="rows"
+    )
