@@ -304,8 +304,7 @@ def test_blocks_cover_and_are_bounded(
     m: int, q: int, cells: int, symmetric: bool, strips: bool
 ) -> None:
     q = m if symmetric else q
-    vectors = products.SMALLEST_STRIPS if strips else products.SMALLEST_STRIPS - 1
-    blocks = recorded_blocks(m, q, cells, symmetric=symmetric, vectors=vectors)
+    blocks = recorded_blocks(m, q, cells, symmetric=symmetric, strips=4 if strips else 1)
     sizes = [(b - a) * (d - c) for a, b, c, d in blocks]
     assert max(sizes) <= cells
     if symmetric:
@@ -318,15 +317,32 @@ def test_blocks_cover_and_are_bounded(
 
 @pytest.mark.parametrize("m", [4, 256, 257, 1000])
 def test_strips_save_work(m: int) -> None:
-    blocks = recorded_blocks(m, m, m * m, symmetric=True, vectors=256)
+    blocks = recorded_blocks(m, m, m * m, symmetric=True, strips=4)
     assert len(blocks) == 4
     assert sum((b - a) * (d - c) for a, b, c, d in blocks) <= (5 / 8) * m * m + m
-    assert len(recorded_blocks(m, m, m * m, symmetric=True, vectors=255)) == 1
+    assert len(recorded_blocks(m, m, m * m, symmetric=True, strips=2)) == 2
+    assert len(recorded_blocks(m, m, m * m, symmetric=True, strips=1)) == 1
+
+
+@pytest.mark.parametrize(("m", "n", "strips"), [(63, 4096, 1), (64, 4096, 2), (64, 4095, 1),
+                                                (255, 4096, 2), (256, 5, 4)])  # fmt: skip
+def test_products_are_cut_where_it_pays(m: int, n: int, strips: int, monkeypatch: Any) -> None:
+    cuts = []
+    by_blocks = products.by_blocks
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        cuts.append(options["strips"])
+        return by_blocks(*args, **options)
+
+    monkeypatch.setattr(products, "by_blocks", recorded)
+    x = torch.randn(m, n, dtype=torch.float64)
+    close(products.product(x, x, symmetric=True), x @ x.mT, 1e-12)
+    assert cuts == [strips]
 
 
 def test_blocks_are_square() -> None:
     """A square reads the fewest vectors for its cells."""
-    blocks = recorded_blocks(32, 32, 64, symmetric=False, vectors=32)
+    blocks = recorded_blocks(32, 32, 64, symmetric=False, strips=1)
     assert {(b - a, d - c) for a, b, c, d in blocks} == {(8, 8)}
     assert len(blocks) == 16
 

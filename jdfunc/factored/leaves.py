@@ -136,8 +136,8 @@ def _scattered(use: Outer) -> Tensor:
 
 def combine(leaf: Factored, weights: Tensor) -> Tensor:
     """Return Σ_r w_r row_r, [*param.shape], for weights [*rows]."""
-    total = sum(_weighted_sum(use, weights.to(use.right.dtype)) for use in widened(leaf))
-    assert isinstance(total, Tensor)
+    sums = [_weighted_sum(use, weights.to(use.right.dtype)) for use in widened(leaf)]
+    total = sum(sums[1:], sums[0])  # not from 0, which would copy
     return total.reshape(param_of(leaf).shape).to(param_of(leaf).dtype)
 
 

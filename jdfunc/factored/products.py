@@ -35,8 +35,8 @@ Uses = tuple[Outer, ...]
 #: CPUs and GPUs (20 measured in float32 on a CPU core, 28 by the data sheet of an H200).
 MULTIPLY_ADDS_PER_ELEMENT = 20
 
-#: A symmetric product of fewer vectors is not worth cutting into strips.
-SMALLEST_STRIPS = 256
+#: A symmetric product of fewer vectors is not worth cutting into strips; in two, of wide rows.
+SMALLEST_STRIPS, SMALLEST_HALVES, WIDE = 256, 64, 4096
 
 
 class GramCost(NamedTuple):
@@ -104,8 +104,9 @@ def gram(leaf: Factored, other: Factored | None, max_block_bytes: int) -> Tensor
         def products(a: slice, b: slice) -> Tensor:
             return _pairwise(_take(us, a, m), _take(vs, b, q))
 
-        cells, vectors = max(1, max_block_bytes // per_cell), m * positions(us[0].left)
-        return by_blocks(products, m, q, cells, symmetric=other is None, vectors=vectors)
+        strips = 4 if m * positions(us[0].left) >= SMALLEST_STRIPS else 1
+        cells = max(1, max_block_bytes // per_cell)
+        return by_blocks(products, m, q, cells, symmetric=other is None, strips=strips)
     width = us[0].right.shape[-1]
     step = max(1, max_block_bytes * width // max(1, materialised.elements * itemsize))
     blocks = []
@@ -120,7 +121,9 @@ def gram(leaf: Factored, other: Factored | None, max_block_bytes: int) -> Tensor
 def product(x: Tensor, y: Tensor, *, symmetric: bool) -> Tensor:
     """Return x yᵀ for [m, n] and [q, n]; if symmetric, little more than half of it is computed."""
     m, q = x.shape[0], y.shape[0]
-    return by_blocks(lambda a, b: x[a] @ y[b].mT, m, q, m * q, symmetric=symmetric, vectors=m)
+    halves = 2 if m >= SMALLEST_HALVES and x.shape[1] >= WIDE else 1
+    strips = 4 if m >= SMALLEST_STRIPS else halves
+    return by_blocks(lambda a, b: x[a] @ y[b].mT, m, q, m * q, symmetric=symmetric, strips=strips)
 
 
 def by_blocks(
@@ -130,12 +133,12 @@ def by_blocks(
     cells: int,
     *,
     symmetric: bool,
-    vectors: int,
+    strips: int,
 ) -> Tensor:
     """Assemble a matrix from blocks of at most ``cells`` of its m·q cells.
 
-    A symmetric matrix of enough vectors is computed in four strips or more, each up to the
-    diagonal: five eighths of the work or less.
+    A symmetric matrix is computed in strips, each up to the diagonal: of four, five eighths of the
+    work.
 
     Args:
         products: gives the block of some rows and some columns.
@@ -143,14 +146,13 @@ def by_blocks(
         q: number of columns.
         cells: of one block, at most.
         symmetric: whether the matrix is.
-        vectors: how many vectors its rows stand for, which says what a strip saves.
+        strips: in how many strips to cut it at least, if it is symmetric.
 
     Returns:
         The matrix, [m, q].
     """
-    strips = symmetric and vectors >= SMALLEST_STRIPS
     down = m if cells >= m * q else max(1, math.isqrt(cells))
-    down = max(1, min(m, down, -(-m // 4) if strips else m))
+    down = max(1, min(m, down, -(-m // strips) if symmetric else m))
     across = max(1, cells // max(1, down))
 
     def strip(start: int) -> Tensor:

@@ -54,6 +54,7 @@ def linearized(
     given = check_buffers(buffers)
     values, restore = pytrees.flatten(detached(params))
     names = pytrees.names(params)
+    differentiable = tracked(values, given, batch)
 
     def run_by(batch_dim: Any) -> tuple[Tapped, Any]:
         by_example = batch_dim is not None
@@ -65,6 +66,7 @@ def linearized(
                 dict(zip(names, values, strict=True)),
                 factored=factored,
                 one_example=by_example,
+                differentiable=differentiable,
                 chunk_size=chunk_size,
             )
 
@@ -84,6 +86,14 @@ def linearized(
     if batch_dim is None:
         return lin
     return guarded(lin, model_fn, restore(values), given, batch, batch_dim, has_aux)
+
+
+def tracked(*trees: Any) -> bool:
+    """Tell whether somebody outside may differentiate what is computed from these tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    tensors = (leaf for tree in trees for leaf in pytrees.leaves(tree))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tensors)
 
 
 def detached(params: Params) -> Params:

@@ -4,13 +4,15 @@ With groups h, output positions s and patches i = channels × kernel, the cotang
 Σ_s cotangent[h, s, j] ⊗ patch[h, s, i], for any number of spatial axes.
 """
 
+import itertools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jdfunc.taps.tap import Rule, Tap
+from jdfunc.taps.tap import Direct, Rule, Tap
 
 
 def convolution(
@@ -48,8 +50,25 @@ def convolution(
         c = c.reshape(c.shape[0], groups, c.shape[1] // groups, -1)  # [n, h, j, positions]
         return c.permute(1, 2, 0, 3).flatten(2).mT
 
+    def rows(x: Tensor, c: Tensor) -> Tensor:
+        x, c = (t if t.ndim == n + 2 else t[None] for t in (x, c))
+        pads = _pads(padding, kernel, dilations)
+        return kernel_cotangent(x, c, kernel, steps, pads, dilations, groups)
+
+    def elements(output: torch.Size) -> int:
+        channels = input.numel() // math.prod(input.shape[-n:])
+        return channels * math.prod(kernel) * math.prod(output[-n:])
+
     return tap.use(
-        found, func, call, weight, input, activations, cotangents, activations_first=False
+        found,
+        func,
+        call,
+        weight,
+        input,
+        activations,
+        cotangents,
+        activations_first=False,
+        direct=Direct(elements, rows),
     )
 
 
@@ -70,6 +89,49 @@ def patches(
     # Positions are laid out last, since runs of a row of pixels copy far faster than of a kernel.
     x = x.permute(1, 2, *range(3 + n, 3 + 2 * n), 0, *range(3, 3 + n))
     return x.flatten(2 + n).flatten(1, 1 + n).mT
+
+
+def kernel_cotangent(
+    x: Tensor,
+    cotangent: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    pads: list[tuple[int, int]],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Return Σ_s cotangent[h, s, j] ⊗ patch[h, s, i] in the shape of the kernel, without patches.
+
+    Only the last axis is unfolded; along the others each offset of the kernel is a view.
+
+    Args:
+        x: [n, channels, *spatial].
+        cotangent: of the output, [n, out, *positions].
+        kernel: its spatial shape.
+        stride: of each spatial axis.
+        pads: before and after each spatial axis.
+        dilation: of each spatial axis.
+        groups: of channels.
+
+    Returns:
+        [out, channels/groups, *kernel].
+    """
+    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+    x = x.unfold(-1, dilation[-1] * (kernel[-1] - 1) + 1, stride[-1])[..., :: dilation[-1]]
+    x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])  # [n, h, c, *rest, positions, k]
+    x = x.movedim(-1, 3).contiguous()  # [n, h, c, k, *rest, positions]
+    c = cotangent.reshape(cotangent.shape[0], groups, cotangent.shape[1] // groups, -1)
+    products = []
+    for offset in itertools.product(*(range(k) for k in kernel[:-1])):
+        seen = x
+        for axis, start in enumerate(offset):
+            length = stride[axis] * (cotangent.shape[2 + axis] - 1) + 1
+            seen = seen.narrow(4 + axis, start * dilation[axis], length)
+            seen = seen[(slice(None),) * (4 + axis) + (slice(None, None, stride[axis]),)]
+        products.append(c @ seen.flatten(4).flatten(2, 3).mT)  # [n, h, j, c·k]
+    out = torch.stack(products, -1).sum(0)  # [h, j, c·k, offsets]
+    out = out.unflatten(2, (-1, kernel[-1])).transpose(-1, -2)  # [h, j, c, offsets, k]
+    return out.reshape(out.shape[0] * out.shape[1], out.shape[2], *kernel)
 
 
 def _each(value: Any, n: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ autograd finds a path from the losses to the parameter that no rule took, dense 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def tapped(
     *,
     factored: bool,
     one_example: bool,
+    differentiable: bool = True,
     chunk_size: int | None = None,
 ) -> Tapped:
     """Run ``losses_fn`` on named params under the tap, and pull every loss back.
@@ -54,6 +56,7 @@ def tapped(
         params: the parameters by name.
         factored: whether to keep uses; all rows are dense otherwise.
         one_example: whether this runs for one example of many, under `torch.vmap`.
+        differentiable: whether the rows may be differentiated in turn, which holds memory.
         chunk_size: how many losses are pulled back at a time; all at once if None.
 
     Returns:
@@ -62,17 +65,23 @@ def tapped(
     if not params:
         return Tapped(*losses_fn(params), {}, {})
     rules = {**(RULES if factored else VMAP_RULES), **(ONE_EXAMPLE_RULES if one_example else {})}
-    run = _traced if torch.compiler.is_compiling() else _eager
-    return run(losses_fn, params, rules, factored, chunk_size)
+    if torch.compiler.is_compiling():
+        return _traced(losses_fn, params, rules, factored, chunk_size)
+    return _eager(losses_fn, params, rules, factored, differentiable, chunk_size)
 
 
 def _eager(
-    losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
+    losses_fn: LossesFn,
+    params: Named,
+    rules: Rules,
+    factored: bool,
+    differentiable: bool,
+    chunk_size: int | None,
 ) -> Tapped:
     """Ask autograd, inside the transform, for the gradient at the outputs of the uses."""
     # No probe is added to the model, and no shape is needed beforehand.
     names = list(params)
-    create_graph = torch.is_grad_enabled()
+    create_graph = differentiable and torch.is_grad_enabled()
 
     def run(values: list[Tensor], shadows: list[Tensor]) -> tuple[Tensor, Tapped]:
         given = dict(zip(names, values, strict=True))
@@ -95,7 +104,7 @@ def _eager(
                 losses,
                 inputs,
                 cotangent,
-                retain_graph=True,
+                retain_graph=create_graph or losses.numel() > 1,
                 create_graph=create_graph,
                 allow_unused=True,
             )
@@ -175,27 +184,44 @@ def _settled(
 ) -> Tapped:
     """Lay the uses out as their two sides, or as dense rows where these take less memory."""
     sides: dict[str, list[tuple[Side, Side]]] = {}
-    rows, row_ndim = dict(rows), losses.ndim
+    dense, m = dict(rows), losses.numel()
     for k, use in enumerate(uses):
         if k not in cotangents:  # the output of this use does not reach the losses
             continue
-        layout = use.cotangents
-        for _ in range(row_ndim):
-            layout = torch.vmap(layout)
-        cotangent, activation = layout(cotangents[k]), use.activations(use.given)
-        shared = (None,) * row_ndim
-        if isinstance(activation, OneHot):
-            activation = OneHot(activation.indices[shared])
-        else:
-            activation = activation[shared]
-        pair: Any = (activation, cotangent) if use.activations_first else (cotangent, activation)
+        if use.direct is not None:
+            cotangent = cotangents[k]
+            apart = use.direct.elements(cotangent.shape) + cotangent.numel()
+            if m * use.param.numel() < apart:
+                wide = torch.promote_types(cotangent.dtype, torch.float32)
+                row = partial(use.direct.rows, use.given.to(wide))
+                made = _each_row(row, losses.ndim)(cotangent.to(wide)).to(use.param.dtype)
+                dense[use.name] = dense[use.name] + made if use.name in dense else made
+                continue
+        pair = _sides(use, cotangents[k], losses.ndim)
         outer = Outer(pair[0], pair[1], use.param)
-        if isinstance(activation, Tensor) and losses.numel() * use.param.numel() < elements(outer):
+        if not isinstance(outer.left, OneHot) and m * use.param.numel() < elements(outer):
             made = materialise(outer)
-            rows[use.name] = rows[use.name] + made if use.name in rows else made
+            dense[use.name] = dense[use.name] + made if use.name in dense else made
         else:
             sides.setdefault(use.name, []).append(pair)
-    return Tapped(losses, aux, sides, rows)
+    return Tapped(losses, aux, sides, dense)
+
+
+def _each_row(function: Callable[[Tensor], Tensor], row_ndim: int) -> Callable[[Tensor], Tensor]:
+    for _ in range(row_ndim):
+        function = torch.vmap(function)
+    return function
+
+
+def _sides(use: Use, cotangent: Tensor, row_ndim: int) -> Any:
+    """Lay activations and cotangents of a use out as left and right."""
+    laid_out = _each_row(use.cotangents, row_ndim)(cotangent)
+    activation, shared = use.activations(use.given), (None,) * row_ndim
+    if isinstance(activation, OneHot):
+        activation = OneHot(activation.indices[shared])
+    else:
+        activation = activation[shared]
+    return (activation, laid_out) if use.activations_first else (laid_out, activation)
 
 
 def _check_unwritten(uses: Sequence[Use]) -> None:

@@ -23,6 +23,18 @@ class Parameter(NamedTuple):
     transposed: bool
 
 
+class Direct(NamedTuple):
+    """A way to the rows of a use that does not build its activations' side.
+
+    Attributes:
+        elements: ``shape of the output -> elements`` of the side that is not built.
+        rows: ``(given, output cotangent) -> row``, in the shape of the parameter.
+    """
+
+    elements: Callable[[torch.Size], int]
+    rows: Callable[[Tensor, Tensor], Tensor]
+
+
 class Use(NamedTuple):
     """One recognised use of a parameter: output = contraction of the parameter with activations.
 
@@ -35,6 +47,7 @@ class Use(NamedTuple):
         activations: ``given -> side`` [h, s, i].
         cotangents: ``output cotangent -> side`` [h, s, j].
         activations_first: whether the parameter is laid out as [h, i, j].
+        direct: another way to its rows, if there is one.
     """
 
     name: str
@@ -45,6 +58,7 @@ class Use(NamedTuple):
     activations: Callable[[Tensor], Side]
     cotangents: Callable[[Tensor], Tensor]
     activations_first: bool
+    direct: Direct | None
 
 
 Rule = Callable[..., Any]
@@ -127,6 +141,7 @@ class Tap(TorchFunctionMode):
         cotangents: Callable[[Tensor], Tensor],
         *,
         activations_first: bool,
+        direct: Direct | None = None,
     ) -> Tensor:
         """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
         if self.shadows is None:
@@ -150,6 +165,7 @@ class Tap(TorchFunctionMode):
                 activations=activations,
                 cotangents=cotangents,
                 activations_first=activations_first,
+                direct=direct,
             )
         )
         return self.observe(output)
