@@ -5,7 +5,7 @@ reshapes to ``[B·T, d]`` stay right, because each example only ever sees itself
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,11 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
     values, restore = pytrees.flatten(batch)
     dims = batch_dims(batch, batch_dim)
 
+    restores: list[Callable[[Sequence[Tensor]], Any]] = []
+
     def batch_of_one(example: list[Any]) -> Any:
         given = iter(example)
-        return function(
+        results = function(
             restore(
                 [
                     v if d is None else next(given).unsqueeze(d if d >= 0 else v.ndim + d)
@@ -106,11 +108,16 @@ def for_each_example(function: Callable[[Batch], Any], batch: Batch, batch_dim: 
                 ]
             )
         )
+        if torch.compiler.is_compiling():
+            return results
+        tensors, restore_results = pytrees.flatten(results)
+        restores.append(restore_results)  # torch's own walk through deep trees is slow
+        return tensors
 
     mapped = [(v, d) for v, d in zip(values, dims, strict=True) if d is not None]
-    return torch.vmap(batch_of_one, in_dims=([d for _, d in mapped],), randomness="different")(
-        [v for v, _ in mapped]
-    )
+    run = torch.vmap(batch_of_one, in_dims=([d for _, d in mapped],), randomness="different")
+    tensors = run([v for v, _ in mapped])
+    return restores[-1](tensors) if restores else tensors
 
 
 def warn_if_data_dependent(error: RuntimeError) -> None:

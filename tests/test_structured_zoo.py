@@ -431,3 +431,36 @@ def test_one_parameter_as_matrices_of_two_shapes(batch_dim: Any) -> None:
     oracles.assert_close(
         jd.to_dense(lin.rows), oracles.jacobian_rows(model_fn, params, {}, batch), what="rows"
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "groups": 2},
+        {"kernel_size": (2, 3), "dilation": (2, 1), "padding": "same"},
+        {"kernel_size": 1, "groups": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(3, 3), (7, 6)], ids=["factored", "dense"])
+def test_convolutions_kept_factored_or_not(size: tuple[int, int], options: dict[str, Any]) -> None:
+    """Few positions of many channels keep their patches; many of few have rows without patches."""
+    channels = 24 if size == (3, 3) else 4
+    conv = torch.nn.Conv2d(channels, 3 * channels, **options).double()
+    params = {"w": conv.weight.detach()}
+    batch = torch.randn(4, channels, *size, dtype=torch.float64)
+
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        out = torch.func.functional_call(conv, {"weight": params["w"]}, (x,))
+        return out.square().flatten(1).sum(1)
+
+    for batch_dim in (0, None):
+        lin = jd.structured(model_fn, params, batch, batch_dim=batch_dim)
+        oracles.assert_close(lin.gram(), oracles.gramian(model_fn, params, {}, batch), what="G")
+        oracles.assert_close(
+            jd.to_dense(lin.rows), oracles.jacobian_rows(model_fn, params, {}, batch), what="rows"
+        )
+    lin = jd.structured(model_fn, params, batch, batch_dim=0)
+    if options["kernel_size"] != 1:
+        assert isinstance(lin.rows["w"], Tensor) == (size != (3, 3))

@@ -83,7 +83,7 @@ def _eager(
     names = list(params)
     create_graph = differentiable and torch.is_grad_enabled()
 
-    def run(values: list[Tensor], shadows: list[Tensor]) -> tuple[Tensor, Tapped]:
+    def run(values: list[Tensor], shadows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         given = dict(zip(names, values, strict=True))
         edges = []
 
@@ -113,11 +113,14 @@ def _eager(
         pulled = _pull_each(pullback, losses, chunk_size)
         rows = {n: pulled[k] for k, n in enumerate(names, len(edges)) if k in pulled}
         cotangents = {k: grad for k, grad in pulled.items() if k < len(edges)}
-        return losses, _settled(losses, aux, tap.uses, cotangents, rows)
+        tensors, restore = pytrees.flatten(_settled(losses, aux, tap.uses, cotangents, rows))
+        restores.append(restore)  # torch's own walk through deep trees is slow
+        return losses, tensors
 
+    restores: list[Callable[[Sequence[Tensor]], Tapped]] = []
     values = list(params.values())
     result: Any = torch.func.vjp(run, values, values, has_aux=True)
-    return result[2]
+    return restores[-1](result[2])
 
 
 def _traced(
