@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 
 import jdfunc as jd
 
-# Hugging Face's BERT looks at its attention mask: exact, pulled back one loss at a time.
-pytestmark = pytest.mark.filterwarnings("ignore:the model branches:UserWarning")
-
 pytestmark = [
+    # Hugging Face's BERT looks at its attention mask: exact, pulled back one loss at a time.
+    pytest.mark.filterwarnings("ignore:the model branches:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch.func.jvp
 ]
