@@ -148,12 +148,14 @@ class Tap(TorchFunctionMode):
             return call(weight)
         if transform_level() != self.level:
             # Below a transform of the model's own, whose cotangents are not those of the losses.
-            return self.call(call, weight)
+            self.note(func, (weight,), {})
+            return call(weight)
         shadow = self.shadows[found.name]
         output = call(shadow.mT if found.transposed else shadow)
         compiling = torch.compiler.is_compiling()
         if not (compiling or output.requires_grad):  # inside no_grad
-            return self.call(call, weight)
+            self.note(func, (weight,), {})
+            return call(weight)
         self.uses.append(
             Use(
                 name=found.name,
