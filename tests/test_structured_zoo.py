@@ -463,3 +463,42 @@ def test_convolutions_kept_factored_or_not(size: tuple[int, int], options: dict[
     lin = jd.structured(model_fn, params, batch, batch_dim=0)
     if options["kernel_size"] != 1:
         assert isinstance(lin.rows["w"], Tensor) == (size != (3, 3))
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, out of sight of every mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.t()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_recognised_use_beside_one_out_of_sight(compiled: bool, batch_dim: Any) -> None:
+    params = {"w": torch.randn(3, 5, dtype=torch.float64)}
+    batch = torch.randn(4, 5, dtype=torch.float64)
+
+    def model_fn(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        out = torch.nn.functional.linear(x, params["w"]) + _Product.apply(x, params["w"])
+        return out.square().sum(1)
+
+    def run(params: Any, batch: Tensor) -> Tensor:
+        return jd.gramian(model_fn, params, batch, batch_dim=batch_dim)
+
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    oracles.assert_close(run(params, batch), oracles.gramian(model_fn, params, {}, batch), what="G")
