@@ -6,13 +6,23 @@ With groups h, output positions s and patches i = channels × kernel, the cotang
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jdfunc.taps.tap import Direct, Rule, Tap
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves over its input: a number, or a pair of pads, for each spatial axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
 
 
 def convolution(
@@ -37,23 +47,24 @@ def convolution(
     if found is None or found.transposed:
         tap.note(func, (weight,), {})
         return call(weight)
-    kernel = weight.shape[2:]
-    n = len(kernel)
-    steps, dilations = _each(stride, n), _each(dilation, n)
+    kernel, n = tuple(weight.shape[2:]), weight.ndim - 2
+    dilations = _each(dilation, n)
+    pads = _pads(padding, kernel, dilations)
+    geometry = Geometry(kernel, _each(stride, n), pads, dilations, groups)
+
+    def batched(x: Tensor) -> Tensor:
+        return x if x.ndim == n + 2 else x[None]
 
     def activations(x: Tensor) -> Tensor:
-        x = x if x.ndim == n + 2 else x[None]
-        return patches(x, kernel, steps, _pads(padding, kernel, dilations), dilations, groups)
+        return patches(batched(x), geometry)
 
     def cotangents(cotangent: Tensor) -> Tensor:
-        c = cotangent if cotangent.ndim == n + 2 else cotangent[None]
+        c = batched(cotangent)
         c = c.reshape(c.shape[0], groups, c.shape[1] // groups, -1)  # [n, h, j, positions]
         return c.permute(1, 2, 0, 3).flatten(2).mT
 
-    def rows(x: Tensor, c: Tensor) -> Tensor:
-        x, c = (t if t.ndim == n + 2 else t[None] for t in (x, c))
-        pads = _pads(padding, kernel, dilations)
-        return kernel_cotangent(x, c, kernel, steps, pads, dilations, groups)
+    def rows(x: Tensor, cotangent: Tensor) -> Tensor:
+        return kernel_cotangent(batched(x), batched(cotangent), geometry)
 
     def elements(output: torch.Size) -> int:
         channels = input.numel() // math.prod(input.shape[-n:])
@@ -72,15 +83,9 @@ def convolution(
     )
 
 
-def patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    pads: list[tuple[int, int]],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """Return the patches that a kernel sees, [groups, n·positions, channels/groups·kernel]."""
+    kernel, stride, pads, dilation, groups = geometry
     n = len(kernel)
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
@@ -91,15 +96,7 @@ def patches(
     return x.flatten(2 + n).flatten(1, 1 + n).mT
 
 
-def kernel_cotangent(
-    x: Tensor,
-    cotangent: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    pads: list[tuple[int, int]],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
+def kernel_cotangent(x: Tensor, cotangent: Tensor, geometry: Geometry) -> Tensor:
     """Return Σ_s cotangent[h, s, j] ⊗ patch[h, s, i] in the shape of the kernel, without patches.
 
     Only the last axis is unfolded; along the others each offset of the kernel is a view.
@@ -107,15 +104,12 @@ def kernel_cotangent(
     Args:
         x: [n, channels, *spatial].
         cotangent: of the output, [n, out, *positions].
-        kernel: its spatial shape.
-        stride: of each spatial axis.
-        pads: before and after each spatial axis.
-        dilation: of each spatial axis.
-        groups: of channels.
+        geometry: of the convolution.
 
     Returns:
         [out, channels/groups, *kernel].
     """
+    kernel, stride, pads, dilation, groups = geometry
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
     x = x.unfold(-1, dilation[-1] * (kernel[-1] - 1) + 1, stride[-1])[..., :: dilation[-1]]
     x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])  # [n, h, c, *rest, positions, k]
@@ -141,14 +135,14 @@ def _each(value: Any, n: int) -> tuple[int, ...]:
 
 def _pads(
     padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[tuple[int, int]]:
+) -> tuple[tuple[int, int], ...]:
     """Return what is padded before and after each spatial axis."""
     if padding == "valid":
-        return [(0, 0) for _ in kernel]
+        return tuple((0, 0) for _ in kernel)
     if padding == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(p, p) for p in _each(padding, len(kernel))]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in _each(padding, len(kernel)))
 
 
 RULES: dict[Any, Rule] = dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution)
