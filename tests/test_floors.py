@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["taps", "examples", "algebra"], 2),
     **dict.fromkeys(["independence", "weightings", "aggregators", "scalarizations"], 3),
     **dict.fromkeys(["linearizations", "scalarized"], 4),
-    **dict.fromkeys(["plan", "rules"], 5),
+    **dict.fromkeys(["plan", "rules", "curvature"], 5),
     **dict.fromkeys(["step", "mtl"], 6),
     "": 7,  # jdfunc/__init__.py
 }
