@@ -138,6 +138,7 @@ def _linear_part(
         (weight, ["j", "i"]),
         [*axes, "j"],
         pad_free=(part.start, after),
+        bias=bias,
     )
 
 

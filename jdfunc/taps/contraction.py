@@ -25,6 +25,7 @@ def contraction(
     weight: tuple[Tensor, Axes],
     output: Axes,
     pad_free: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute an einsum of a tensor with a parameter, as a use if its axes can be laid out.
 
@@ -36,6 +37,7 @@ def contraction(
         weight: the parameter and its axes.
         output: the axes of the output.
         pad_free: how many entries of the parameter's free axis, before and after, the output lacks.
+        bias: what ``call`` adds along the free axis.
 
     Returns:
         The output.
@@ -55,7 +57,15 @@ def contraction(
         return side if pad_free == (0, 0) else F.pad(side, pad_free)
 
     return tap.use(
-        found, func, call, w, x, activations, cotangents, activations_first=activations_first
+        found,
+        func,
+        call,
+        w,
+        x,
+        activations,
+        cotangents,
+        activations_first=activations_first,
+        bias=bias,
     )
 
 
@@ -118,6 +128,7 @@ def linear(
         (input, [*s, "i"]),
         (weight, ["j", "i"]),
         [*s, "j"],
+        bias=bias,
     )
 
 
@@ -155,11 +166,12 @@ def addmm(
         return torch.addmm(input, a, b, beta=beta, alpha=alpha)
 
     a, b, out = ["r", "k"], ["k", "c"], ["r", "c"]
+    row = input if input.ndim == 1 and isinstance(beta, int) and beta == 1 else None
     if tap.find(mat1) is not None:
         other = mat2 if isinstance(alpha, int) and alpha == 1 else alpha * mat2
         return contraction(tap, func, lambda w: call(w, mat2), (other, b), (mat1, a), out)
     other = mat1 if isinstance(alpha, int) and alpha == 1 else alpha * mat1
-    return contraction(tap, func, lambda w: call(mat1, w), (other, a), (mat2, b), out)
+    return contraction(tap, func, lambda w: call(mat1, w), (other, a), (mat2, b), out, bias=row)
 
 
 def einsum(tap: Tap, func: Any, *args: Any) -> Any:
@@ -214,7 +226,13 @@ def bilinear(
         return y if bias is None else y + bias
 
     return contraction(
-        tap, func, call, (pairs, [*s, "i1", "i2"]), (weight, ["j", "i1", "i2"]), [*s, "j"]
+        tap,
+        func,
+        call,
+        (pairs, [*s, "i1", "i2"]),
+        (weight, ["j", "i1", "i2"]),
+        [*s, "j"],
+        bias=bias,
     )
 
 

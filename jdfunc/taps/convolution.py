@@ -80,6 +80,7 @@ def convolution(
         cotangents,
         activations_first=False,
         direct=Direct(elements, rows),
+        bias=bias,
     )
 
 

@@ -21,6 +21,8 @@ from jdfunc.taps.tap import Rule, Tap, Use
 LossesFn = Callable[[dict[str, Tensor]], tuple[Tensor, list[Tensor]]]
 Named = dict[str, Tensor]
 Rules = dict[Any, Rule]
+#: ``(losses, aux, uses, cotangents, rows) -> pytree of tensors``
+Settle = Callable[[Tensor, list[Tensor], Sequence[Use], dict[int, Tensor], Named], Any]
 
 
 class Tapped(NamedTuple):
@@ -48,7 +50,8 @@ def tapped(
     one_example: bool,
     differentiable: bool = True,
     chunk_size: int | None = None,
-) -> Tapped:
+    settle: Settle | None = None,
+) -> Any:
     """Run ``losses_fn`` on named params under the tap, and pull every loss back.
 
     Args:
@@ -58,16 +61,19 @@ def tapped(
         one_example: whether this runs for one example of many, under `torch.vmap`.
         differentiable: whether the rows may be differentiated in turn, which holds memory.
         chunk_size: how many losses are pulled back at a time; all at once if None.
+        settle: makes the result, a pytree of tensors, of losses, aux, uses, their cotangents by
+            number, and other rows by name; `settled` if None.
 
     Returns:
         The losses and the pieces of their Jacobian.
     """
+    settle = settled if settle is None else settle
     if not params:
-        return Tapped(*losses_fn(params), {}, {})
+        return settle(*losses_fn(params), [], {}, {})
     rules = {**(RULES if factored else VMAP_RULES), **(ONE_EXAMPLE_RULES if one_example else {})}
     if torch.compiler.is_compiling():
-        return _traced(losses_fn, params, rules, factored, chunk_size)
-    return _eager(losses_fn, params, rules, factored, differentiable, chunk_size)
+        return _traced(losses_fn, params, rules, factored, chunk_size, settle)
+    return _eager(losses_fn, params, rules, factored, differentiable, chunk_size, settle)
 
 
 def _eager(
@@ -77,7 +83,8 @@ def _eager(
     factored: bool,
     differentiable: bool,
     chunk_size: int | None,
-) -> Tapped:
+    settle: Settle,
+) -> Any:
     """Ask autograd, inside the transform, for the gradient at the outputs of the uses."""
     # No probe is added to the model, and no shape is needed beforehand.
     names = list(params)
@@ -113,19 +120,24 @@ def _eager(
         pulled = _pull_each(pullback, losses, chunk_size)
         rows = {n: pulled[k] for k, n in enumerate(names, len(edges)) if k in pulled}
         cotangents = {k: grad for k, grad in pulled.items() if k < len(edges)}
-        tensors, restore = pytrees.flatten(_settled(losses, aux, tap.uses, cotangents, rows))
+        tensors, restore = pytrees.flatten(settle(losses, aux, tap.uses, cotangents, rows))
         restores.append(restore)  # torch's own walk through deep trees is slow
         return losses, tensors
 
-    restores: list[Callable[[Sequence[Tensor]], Tapped]] = []
+    restores: list[Callable[[Sequence[Tensor]], Any]] = []
     values = list(params.values())
     result: Any = torch.func.vjp(run, values, values, has_aux=True)
     return restores[-1](result[2])
 
 
 def _traced(
-    losses_fn: LossesFn, params: Named, rules: Rules, factored: bool, chunk_size: int | None
-) -> Tapped:
+    losses_fn: LossesFn,
+    params: Named,
+    rules: Rules,
+    factored: bool,
+    chunk_size: int | None,
+    settle: Settle,
+) -> Any:
     """Differentiate with respect to zero probes added to the outputs of the uses."""
     # For the compiler, which cannot trace autograd inside a transform. It drops the first run,
     # which is there for the shapes of the probes and to see which parameters have other uses.
@@ -161,7 +173,7 @@ def _traced(
     _, pullback, (losses, aux, givens) = result
     cotangents, rows = _pull_each(pullback, losses, chunk_size)
     uses = [use._replace(given=x) for use, x in zip(survey.uses, givens, strict=True)]
-    return _settled(losses, aux, uses, dict(enumerate(cotangents)), rows)
+    return settle(losses, aux, uses, dict(enumerate(cotangents)), rows)
 
 
 def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: int | None) -> Any:
@@ -178,7 +190,7 @@ def _pull_each(pullback: Callable[[Tensor], Any], losses: Tensor, chunk_size: in
     return pytrees.map(lambda grads: grads.reshape((*losses.shape, *grads.shape[1:])), each)
 
 
-def _settled(
+def settled(
     losses: Tensor,
     aux: list[Tensor],
     uses: Sequence[Use],
@@ -186,7 +198,7 @@ def _settled(
     rows: Named,
 ) -> Tapped:
     """Lay the uses out as their two sides, or as dense rows where these take less memory."""
-    sides: dict[str, list[tuple[Side, Side]]] = {}
+    uses_of: dict[str, list[tuple[Side, Side]]] = {}
     dense, m = dict(rows), losses.numel()
     for k, use in enumerate(uses):
         if k not in cotangents:  # the output of this use does not reach the losses
@@ -200,14 +212,14 @@ def _settled(
                 made = _each_row(row, losses.ndim)(cotangent.to(wide)).to(use.param.dtype)
                 dense[use.name] = dense[use.name] + made if use.name in dense else made
                 continue
-        pair = _sides(use, cotangents[k], losses.ndim)
+        pair = sides(use, cotangents[k], losses.ndim)
         outer = Outer(pair[0], pair[1], use.param)
         if not isinstance(outer.left, OneHot) and m * use.param.numel() < elements(outer):
             made = materialise(outer)
             dense[use.name] = dense[use.name] + made if use.name in dense else made
         else:
-            sides.setdefault(use.name, []).append(pair)
-    return Tapped(losses, aux, sides, dense)
+            uses_of.setdefault(use.name, []).append(pair)
+    return Tapped(losses, aux, uses_of, dense)
 
 
 def _each_row(function: Callable[[Tensor], Tensor], row_ndim: int) -> Callable[[Tensor], Tensor]:
@@ -216,7 +228,7 @@ def _each_row(function: Callable[[Tensor], Tensor], row_ndim: int) -> Callable[[
     return function
 
 
-def _sides(use: Use, cotangent: Tensor, row_ndim: int) -> Any:
+def sides(use: Use, cotangent: Tensor, row_ndim: int) -> Any:
     """Lay activations and cotangents of a use out as left and right."""
     laid_out = _each_row(use.cotangents, row_ndim)(cotangent)
     activation, shared = use.activations(use.given), (None,) * row_ndim

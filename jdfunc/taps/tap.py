@@ -48,6 +48,7 @@ class Use(NamedTuple):
         cotangents: ``output cotangent -> side`` [h, s, j].
         activations_first: whether the parameter is laid out as [h, i, j].
         direct: another way to its rows, if there is one.
+        bias: the parameter that is added to the output, as long as it is wide, if there is one.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Use(NamedTuple):
     cotangents: Callable[[Tensor], Tensor]
     activations_first: bool
     direct: Direct | None
+    bias: str | None
 
 
 Rule = Callable[..., Any]
@@ -142,6 +144,7 @@ class Tap(TorchFunctionMode):
         *,
         activations_first: bool,
         direct: Direct | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
         if self.shadows is None:
@@ -156,6 +159,7 @@ class Tap(TorchFunctionMode):
         if not (compiling or output.requires_grad):  # inside no_grad
             self.note(func, (weight,), {})
             return call(weight)
+        added = None if bias is None else self.find(bias)
         self.uses.append(
             Use(
                 name=found.name,
@@ -168,6 +172,7 @@ class Tap(TorchFunctionMode):
                 cotangents=cotangents,
                 activations_first=activations_first,
                 direct=direct,
+                bias=None if added is None else added.name,
             )
         )
         return self.observe(output)
