@@ -55,12 +55,12 @@ def batch_dims(batch: Batch, batch_dim: Any) -> list[int | None]:
                 f"tensor of shape {tuple(value.shape)}; pass a pytree like in_dims of torch.vmap, "
                 "with None for a tensor that all examples share"
             )
-    sizes = {v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None}
-    if len(sizes) != 1:
+    sizes = [v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None]
+    if not sizes or any(size != sizes[0] for size in sizes):
         raise ValueError(
             "expected the tensors of the batch to have one number of examples along batch_dim, got "
-            f"{sorted(sizes) or 'no tensor with an example axis'}; shared tensors take None in a "
-            "pytree given as batch_dim"
+            f"{sorted(set(sizes)) or 'no tensor with an example axis'}; shared tensors take None "
+            "in a pytree given as batch_dim"
         )
     return dims
 

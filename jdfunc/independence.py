@@ -129,8 +129,9 @@ def guarded(
     if size < 2:
         return lin
     count = min(size, max(FEWEST, size // ONE_IN))
-    chosen = [k * (size - 1) // (count - 1) for k in range(count)]
-    part = select(batch, batch_dim, torch.tensor(chosen, device=lin.losses.device))
+    # A tensor, not a list: a compiled function need not know how many there are.
+    chosen = torch.arange(count, device=lin.losses.device) * (size - 1) // (count - 1)
+    part = select(batch, batch_dim, chosen)
     alone, together, seen = _runs(model_fn, buffers, batch_dim, has_aux)
     with torch.no_grad():
         of_part = together(params, part)
@@ -141,7 +142,8 @@ def guarded(
             with torch.no_grad():
                 random = bool(_differ(of_part, together(params, part), seen.eps).any())
             if not random:
-                _raise_coupled(chosen[int(differ.nonzero()[0])], f"examples {chosen}")
+                tried = chosen.tolist()
+                _raise_coupled(tried[int(differ.nonzero()[0])], f"examples {tried}")
         return lin
     doubt = torch.where(differ.any(), torch.nan, 0.0).to(lin.losses.dtype)
     return lin._replace(

@@ -110,8 +110,7 @@ def gram(leaf: Factored, other: Factored | None, max_block_bytes: int) -> Tensor
     width = us[0].right.shape[-1]
     step = max(1, max_block_bytes * width // max(1, materialised.elements * itemsize))
     blocks = []
-    for start in range(0, max(1, width), step):
-        columns = slice(start, start + step)
+    for columns in _spans(width, step):
         x = _materialised(us, columns)
         y = x if other is None else _materialised(vs, columns)
         blocks.append(product(x, y, symmetric=other is None))
@@ -151,27 +150,32 @@ def by_blocks(
     Returns:
         The matrix, [m, q].
     """
-    down = m if cells >= m * q else max(1, math.isqrt(cells))
-    down = max(1, min(m, down, -(-m // strips) if symmetric else m))
-    across = max(1, cells // max(1, down))
+    down = max(1, -(-m // strips) if symmetric else m)
+    across = max(1, q)
+    if cells < m * q:
+        down = min(down, max(1, math.isqrt(cells)))
+        across = max(1, cells // down)
 
-    def strip(start: int) -> Tensor:
-        stop = min(start + down, m)
-        end = stop if symmetric else q
-        blocks = [
-            products(slice(start, stop), slice(k, min(k + across, end)))
-            for k in range(0, max(1, end), across)
-        ]
+    def strip(rows: slice) -> Tensor:
+        end = rows.stop if symmetric else q
+        blocks = [products(rows, columns) for columns in _spans(end, across)]
         return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 
-    rows = [strip(start) for start in range(0, max(1, m), down)]
+    rows = [strip(span) for span in _spans(m, down)]
     if len(rows) == 1:
         return rows[0]
     if not symmetric:
         return torch.cat(rows)
-    full = max(row.shape[1] for row in rows)
+    full = rows[-1].shape[1]  # a row of a block may be several
     lower = torch.cat([F.pad(row, (0, full - row.shape[1])) for row in rows]).tril()
     return lower + lower.tril(-1).mT
+
+
+def _spans(total: int, step: int) -> list[slice]:
+    """Cut a range into slices: a compiled function is tied to how many there are, not to it."""
+    count = max(1, -(-total // step))
+    ends = [*(k * step for k in range(1, count)), total]
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _length(uses: Uses) -> int:

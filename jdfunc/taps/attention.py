@@ -100,7 +100,8 @@ def _projections(
 ) -> list[Tensor]:
     """Project queries, keys and values by one packed weight, or by three."""
     if packed is not None and same:
-        return list(linear(tap, func, inputs[0], packed, bias).chunk(3, -1))
+        projected = linear(tap, func, inputs[0], packed, bias)
+        return list(projected.reshape(*projected.shape[:-1], 3, -1).unbind(-2))
     if packed is not None:
         width = packed.shape[0] // 3
         parts = [slice(n * width, (n + 1) * width) for n in range(3)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from jdfunc.taps import attention, batching, contraction, convolution, embedding
+from jdfunc.taps import attention, batching, contraction, convolution, embedding, open_sizes
 from jdfunc.taps.tap import Rule
 
 #: What a model needs to be differentiated for many losses at once.
@@ -23,4 +23,4 @@ RULES: dict[Any, Rule] = {
 }
 
 #: What a model also needs to be run for one example at a time.
-ONE_EXAMPLE_RULES: dict[Any, Rule] = batching.RULES
+ONE_EXAMPLE_RULES: dict[Any, Rule] = {**batching.RULES, **open_sizes.RULES}
