@@ -1,0 +1,136 @@
+"""Eigendecompositions of factors: symmetrised, in double precision, retried with jitter."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+#: Jitters of the retries, in mean diagonal elements.
+JITTERS = (1e-10, 1e-9, 1e-8, 1e-7)
+
+
+def eigh(matrix: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending and none negative, and eigenvectors of symmetric matrices.
+
+    Where values can be looked at (eager mode), a decomposition that fails is tried again with a
+    jitter on the diagonal, and at last on the CPU; compiled or under `torch.vmap`, there is one
+    attempt.
+
+    Args:
+        matrix: [..., d, d], symmetric up to rounding.
+        dtype: to compute in.
+
+    Returns:
+        ``(values [..., d], vectors [..., d, d])`` in the dtype of the matrix.
+
+    Raises:
+        ValueError: the matrix holds NaN or inf.
+    """
+    wide = matrix.to(dtype)
+    wide = (wide + wide.mT) / 2
+    if not looks(wide):
+        values, vectors = torch.linalg.eigh(wide)
+    else:
+        values, vectors = _retried(wide)
+    return values.clamp(min=0).to(matrix.dtype), vectors.contiguous().to(matrix.dtype)
+
+
+def _retried(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("expected a finite matrix, got NaN or inf")
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for jitter in (0.0, *JITTERS):
+        found = _attempt(matrix + jitter * mean * eye if jitter else matrix)
+        if found is not None:
+            return found
+    found = _attempt(matrix.cpu())
+    if found is None:
+        raise ValueError(
+            "expected a matrix with an eigendecomposition, got one that never converges"
+        )
+    return found[0].to(matrix.device), found[1].to(matrix.device)
+
+
+def _attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        return None
+    finite = bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all())
+    return (values, vectors) if finite else None
+
+
+def looks(tensor: Tensor) -> bool:
+    """Whether values may decide: in eager mode, outside transforms."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return not (transformed or torch.compiler.is_compiling() or tensor.device.type == "meta")
+
+
+def eigh_all(
+    matrices: Mapping[str, Tensor], dtype: torch.dtype = torch.float64
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Decompose many matrices [h, d, d], those of one size in one call.
+
+    Args:
+        matrices: by name.
+        dtype: to compute in.
+
+    Returns:
+        `eigh` of each, by name.
+
+    Raises:
+        ValueError: a matrix holds NaN or inf: the message has its name.
+    """
+    for name, matrix in matrices.items():
+        if looks(matrix) and not bool(torch.isfinite(matrix).all()):
+            raise ValueError(
+                f"expected finite factors, got NaN or inf in that of {name!r}: look at the losses "
+                "and at the gradients of the batches that went into it"
+            )
+    groups: dict[tuple[int, torch.dtype], list[str]] = {}
+    for name, matrix in matrices.items():
+        groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(name)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for names in groups.values():
+        if len(names) == 1:
+            found[names[0]] = eigh(matrices[names[0]], dtype)
+            continue
+        sizes = [matrices[name].shape[0] for name in names]
+        values, vectors = eigh(torch.cat([matrices[name] for name in names]), dtype)
+        parts = zip(names, values.split(sizes), vectors.split(sizes), strict=True)
+        found |= {name: (value, vector) for name, value, vector in parts}
+    return found
+
+
+def completed(reduced: Tensor, full: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Eigenvectors of one matrix, and within its null space those of another.
+
+    A second moment of fewer vectors than their length leaves the eigenvectors of its null space to
+    the library; the gradients have mass there, so that the choice matters. Both parts come from one
+    decomposition of a matrix that has the range of the first in its upper spectrum.
+
+    Args:
+        reduced: [..., d, d], positive semidefinite.
+        full: [..., d, d], positive semidefinite: decides in the null space of ``reduced``.
+        dtype: to compute in.
+
+    Returns:
+        Orthonormal columns [..., d, d].
+    """
+    values, vectors = eigh(reduced.to(dtype), dtype)
+    largest = values[..., -1:]
+    inside = values > largest * values.shape[-1] * torch.finfo(dtype).eps
+    range_of = (vectors * inside[..., None, :]) @ vectors.mT
+    null = torch.eye(values.shape[-1], dtype=dtype, device=values.device) - range_of
+    upper = (vectors * torch.where(inside, 2 + values / _positive(largest), 0)[..., None, :]) @ (
+        vectors.mT
+    )
+    full = full.to(dtype)
+    scale = full.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    lower = null @ (full / _positive(scale)) @ null
+    return eigh(upper + lower, dtype)[1].to(reduced.dtype)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, 1)

@@ -1,0 +1,235 @@
+"""A pass over one batch: some examples and some vectors at a time, each reduced before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jdfunc import pytrees, random
+from jdfunc.curvature.basis import Basis
+from jdfunc.curvature.capture import Captured, UseOf, VectorsFn, activations, captured
+from jdfunc.curvature.damping import Damping
+from jdfunc.curvature.eigenvalues import eigenvalue_sums
+from jdfunc.curvature.factors import Moments, factor_sums
+from jdfunc.curvature.fishers import Fisher
+from jdfunc.curvature.layout import Layout
+from jdfunc.curvature.sharing import Sharing
+from jdfunc.curvature.state import Counters
+from jdfunc.curvature.terms import Likelihood
+from jdfunc.examples import num_examples, select
+from jdfunc.random import Key
+
+#: Memory of the activations and cotangents of one chunk, and as much again for products of them.
+CHUNK_BYTES = 2**25
+
+
+class Precision(NamedTuple):
+    """Dtypes; None for that of the gradients, float32 at least.
+
+    Attributes:
+        factors: of second moments.
+        eigenvalues: of squared gradients.
+        eigh: of eigendecompositions.
+    """
+
+    factors: torch.dtype | None = None
+    eigenvalues: torch.dtype | None = None
+    eigh: torch.dtype = torch.float64
+
+
+class Setup(NamedTuple):
+    """What an estimator estimates, and how: static."""
+
+    layout: Layout
+    likelihood: Likelihood
+    fisher: Fisher
+    sharing: Sharing
+    joint_bias: bool
+    decay: float | None
+    basis_every: int | None
+    chunk_size: int | None
+    vector_chunk: int | None
+    precision: Precision
+    damping: Damping
+    eigenvalues: bool
+
+
+class Chunk(NamedTuple):
+    """What a run captured of some examples and some vectors.
+
+    Attributes:
+        cap: the rows.
+        uses: what their uses are.
+        first: whether these are the first vectors of their examples.
+    """
+
+    cap: Captured
+    uses: list[UseOf]
+    first: bool
+
+
+def chunks(
+    setup: Setup, params: Any, buffers: Any, batch: tuple[Any, Any], key: Key | None
+) -> Iterator[Chunk]:
+    """Capture a batch, some examples and some vectors at a time.
+
+    Args:
+        setup: of the estimator.
+        params: where the model is linearised.
+        buffers: handed to the model.
+        batch: inputs and targets.
+        key: of the random vectors.
+
+    Yields:
+        What was captured.
+    """
+    layout, fisher = setup.layout, setup.fisher
+    inputs, targets = batch
+    n = num_examples(inputs, layout.batch_dim)
+    keys = random.bits(0 if key is None else key, n)
+    keys = keys.to(pytrees.leaves(params)[0].device)
+    whole, dims = (inputs, targets, keys), (layout.batch_dim, 0, 0)
+    run = activations if fisher.vectors is None else captured
+    kept = {layer.name for layer in layout.layers}
+    rests = [name for rest in layout.rests if rest.rule.covered for name in rest.params]
+    size, width = _sizes(setup, whole, dims, n)
+    for start in range(0, n, size):
+        examples = torch.arange(start, min(n, start + size), device=keys.device)
+        part = whole if size >= n else select(whole, dims, examples)
+        seen, k = [1], 0
+        while k < seen[-1]:
+            cap, uses = run(
+                layout.apply,
+                params,
+                buffers,
+                part,
+                dims,
+                _vectors(setup, slice(k, k + width), seen),
+                wanted=[*kept, *rests],
+                kept=kept,
+            )
+            yield Chunk(cap, uses, k == 0)
+            k += width
+
+
+def _vectors(setup: Setup, columns: slice, seen: list[int]) -> VectorsFn:
+    """Return what makes the pseudo-losses of one example; ``seen`` gets their number."""
+    likelihood, make = setup.likelihood, setup.fisher.vectors
+
+    def vectors(outputs: Any, targets: Any, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f = likelihood.canonical(outputs)
+        fixed = f.detach()
+        count = likelihood.denominator(fixed, targets)
+        if make is None:
+            return f, fixed[None], count
+        made = make(likelihood, fixed, targets, key)
+        seen.append(made.shape[0])
+        return f, made[columns], count
+
+    return vectors
+
+
+def _sizes(setup: Setup, whole: Any, dims: Any, n: int) -> tuple[int, int]:
+    """Return how many examples and how many vectors to take at a time."""
+    layout = setup.layout
+    per_vector = max(1, layout.bytes_each)
+    vectors = 1 if setup.fisher.vectors is None else _count(setup, whole, dims)
+    width = setup.vector_chunk
+    if width is None:
+        fits = max(1, (CHUNK_BYTES - layout.bytes_fixed) // per_vector)
+        width = vectors if setup.chunk_size is not None else min(vectors, fits)
+    example = layout.bytes_fixed + width * per_vector
+    size = max(1, CHUNK_BYTES // example) if setup.chunk_size is None else setup.chunk_size
+    return min(size, max(1, n)), width
+
+
+def _count(setup: Setup, whole: Any, dims: Any) -> int:
+    """Return how many vectors an example has, if it is like that of the layout: a guess."""
+    device = whole[2].device
+    _, targets, keys = select(whole, dims, torch.zeros(1, dtype=torch.int64, device=device))
+    shapes = setup.layout.outputs
+    outputs = pytrees.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), shapes)
+    try:
+        return _vectors(setup, slice(None), [])(outputs, targets, keys[0])[1].shape[0]
+    except (ValueError, RuntimeError, IndexError):  # sequences of another length
+        return max(1, sum(x.numel() for x in pytrees.leaves(shapes)))
+
+
+class Counted(NamedTuple):
+    """Sums over one batch."""
+
+    factors: dict[str, Moments | Tensor]
+    eigenvalues: dict[str, Tensor]
+    counters: Counters
+
+
+def batch_sums(
+    setup: Setup,
+    params: Any,
+    buffers: Any,
+    batch: tuple[Any, Any],
+    key: Key | None,
+    *,
+    factors: bool,
+    basis: Mapping[str, Basis] | None,
+) -> Counted:
+    """Sum factors, eigenvalues in a basis, and counters over one batch.
+
+    Args:
+        setup: of the estimator.
+        params: where the model is linearised.
+        buffers: handed to the model.
+        batch: inputs and targets.
+        key: of the random vectors.
+        factors: whether to sum second moments.
+        basis: to sum squares in; None for none.
+
+    Returns:
+        The sums; empty dicts of what was not asked for.
+    """
+    total: Counted | None = None
+    for chunk in chunks(setup, params, buffers, batch, key):
+        sums = reduced(setup, chunk, factors=factors, basis=basis)
+        total = sums if total is None else pytrees.map(torch.add, total, sums)
+        del chunk, sums  # before the next one is captured
+    if total is None:
+        raise ValueError("expected a batch of at least one example, got an empty one")
+    one = torch.ones_like(total.counters.batches)
+    return total._replace(counters=total.counters._replace(batches=one))
+
+
+def reduced(
+    setup: Setup, chunk: Chunk, *, factors: bool, basis: Mapping[str, Basis] | None
+) -> Counted:
+    """Return the sums over one chunk; its counters count examples once, and no batch."""
+    layout, precision = setup.layout, setup.precision
+    made, squares = {}, {}
+    if factors:
+        made = factor_sums(
+            layout,
+            chunk.cap,
+            chunk.uses,
+            setup.sharing,
+            joint_bias=setup.joint_bias,
+            expanded=setup.eigenvalues and setup.sharing.sums,
+            first=chunk.first,
+            dtype=precision.factors,
+        )
+    if basis is not None:
+        squares = eigenvalue_sums(
+            layout,
+            chunk.cap,
+            chunk.uses,
+            basis,
+            joint_bias=setup.joint_bias,
+            dtype=precision.eigenvalues,
+        )
+    counts = chunk.cap.counts
+    wide = torch.float32 if counts.device.type == "mps" else torch.float64
+    number = torch.full((), float(counts.shape[0]), dtype=wide, device=counts.device)
+    zero = torch.zeros_like(number)
+    once = Counters(zero, number, counts.to(wide).sum()) if chunk.first else Counters(*[zero] * 3)
+    return Counted(made, squares, once)
