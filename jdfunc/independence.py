@@ -1,6 +1,7 @@
 """Whether losses[i] depends on example i alone: what ``batch_dim`` promises."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -196,11 +197,8 @@ def _runs(
         named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
         vmap_rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES} if by_example else {}
         tap = Tap(named, {**vmap_rules, **without_dropout})
-        with tap:
-            if by_example:
-                return run(params, batch)[0]
-            with seen:
-                return run(params, batch)[0]
+        with nullcontext() if by_example else seen, tap:
+            return run(params, batch)[0]
 
     def alone(params: Params, batch: Batch) -> Tensor:
         # Differentiated, as in a linearization: some kernels have batching rules only then.

@@ -98,6 +98,8 @@ class Tap(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # written in Python, in words that Dynamo does not trace
+            func = torch.unflatten
         rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, *args, **kwargs)
