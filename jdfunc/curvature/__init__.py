@@ -7,6 +7,7 @@ grads = jdfunc.jd_step(model_fn, params, batch, metric=inverse(curv, exact(1e-3)
 """
 
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
+from jdfunc.curvature.build import build
 from jdfunc.curvature.curvature import Curvature
 from jdfunc.curvature.damping import exact, heuristic, per_block, plain, pseudo, relative
 from jdfunc.curvature.estimators import Estimator, ekfac, kfac, merge
