@@ -43,7 +43,7 @@ def gram(
         rows: J₁, a pytree of rows: dense leaves [*rows, *param.shape], or factored ones.
         other: J₂, of the same structure, rows of another batch or model. J₁ itself if None.
         metric: F⁻¹ as a function of a pytree like the params; the identity if None. Rows are
-            materialised to apply it.
+            materialised to apply it, unless it is a `RowMetric`, with a ``gram`` of its own.
         row_ndim: how many leading axes of a dense leaf are row axes; factored leaves know theirs.
         max_block_bytes: bound on the memory of one block of temporaries, in bytes.
 
@@ -64,6 +64,9 @@ def gram(
         tensor([[6., 1.],
                 [1., 2.]])
     """
+    of_rows = getattr(metric, "gram", None)
+    if of_rows is not None:
+        return of_rows(rows, other, row_ndim=row_ndim, max_block_bytes=max_block_bytes)
     if metric is not None:
         whitened = _each_row(metric, to_dense(rows), row_ndim)
         other = to_dense(rows if other is None else other)

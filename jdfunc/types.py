@@ -20,6 +20,20 @@ ModelFn = Callable[[Params, Buffers, Batch], Any]
 Metric = Callable[[Params], Params]
 
 
+class RowMetric(Protocol):
+    """A metric that knows how to multiply rows, factored ones too: ``gram`` is J₁ F⁻¹ J₂ᵀ."""
+
+    def __call__(self, tree: Params, /) -> Params:
+        """F⁻¹ of a pytree like the params."""
+        ...
+
+    def gram(
+        self, rows: Rows, other: Rows | None = None, *, row_ndim: int, max_block_bytes: int
+    ) -> Tensor:
+        """As `jdfunc.gram` without a metric."""
+        ...
+
+
 class Linearization(NamedTuple):
     """A model linearised at its params: the losses and their Jacobian J.
 

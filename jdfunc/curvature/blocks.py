@@ -109,6 +109,6 @@ def params_of(block: Block, matrix: Tensor) -> dict[str, Tensor]:
     columns = matrix.shape[:-3]
     pieces = matrix.split([part[block.axis] for part in block.parts], block.axis)
     return {
-        name: piece.reshape(*columns, *shape)
+        name: piece.reshape((*columns, *shape))
         for name, shape, piece in zip(block.params, block.shapes, pieces, strict=True)
     }
