@@ -247,6 +247,38 @@ def test_the_denominator_is_the_divisor_of_torch(case: Case, weight: float) -> N
     assert case.likelihood.denominator(f, weights) == denominator
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["hard", "ignored", "soft"])
+@pytest.mark.parametrize("class_axis", [1, -1])
+@pytest.mark.parametrize("terms", [(), (4,), (2, 3)], ids=str)
+def test_every_option_of_cross_entropy_with_every_other(
+    terms: tuple[int, ...], class_axis: int, kind: str, label_smoothing: float, is_weighted: bool
+) -> None:
+    f, y = randn(5, *terms, 3, seed=1), randn(5, *terms, 3, seed=2).softmax(-1)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing}
+    if is_weighted:
+        options["weight"] = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    theirs = y.movedim(-1, 1) if kind == "soft" else y.argmax(-1)
+    if kind == "ignored":
+        options["ignore_index"] = 1
+    likelihood = cross_entropy(class_axis=class_axis, **options)
+    mine = y.movedim(-1, class_axis) if kind == "soft" else theirs
+
+    def mean(f: Tensor) -> Tensor:
+        return F.cross_entropy(f.movedim(-1, 1), theirs, **options)
+
+    w = likelihood.reduction(likelihood.denominator(f, mine), torch.tensor(5.0))
+    torch.testing.assert_close(w * likelihood.term_loss(f, mine).sum(), mean(f), **CLOSE)
+    gradient = w * likelihood.gradient(f, mine)
+    torch.testing.assert_close(gradient, torch.func.grad(mean)(f), **CLOSE)
+    exact = torch.func.jacrev(torch.func.jacrev(mean))(f)
+    exact = exact.reshape(f[..., 0].numel(), 3, -1, 3)
+    blocks = exact.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    found = w * squares(likelihood.root(f, mine)).flatten(0, -3)
+    torch.testing.assert_close(found, blocks, **CLOSE)
+
+
 def per_example(case: Case, function: Callable[..., Tensor], dim: int, *extra: Tensor) -> Tensor:
     """A function of (f, y), run on batches of one by `torch.vmap`, the batch axis at ``dim``."""
     f = case.likelihood.canonical(case.outputs)[:, None]
