@@ -25,7 +25,7 @@ def basis_of(
     layout: Layout,
     factors: Mapping[str, Normalised],
     expanded: Mapping[str, tuple[Factors, ...]],
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Basis]:
     """Diagonalise the factors of every block.
 
@@ -55,7 +55,7 @@ def basis_of(
             elif full is None:
                 matrices[name] = side
             else:
-                bases[name] = completed(side, full, dtype)
+                bases[name] = completed(side, full)
     for block in layout.rests:
         if block.rule.covered:
             name, matrix = block.params[0], factors[block.params[0]]

@@ -9,16 +9,16 @@ from torch import Tensor
 JITTERS = (1e-10, 1e-9, 1e-8, 1e-7)
 
 
-def eigh(matrix: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor, dtype: torch.dtype | None = torch.float64) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and none negative, and eigenvectors of symmetric matrices.
 
-    Where values can be looked at (eager mode), a decomposition that fails is tried again with a
-    jitter on the diagonal, and at last on the CPU; compiled or under `torch.vmap`, there is one
+    Where values can be looked at (eager mode), a decomposition that fails is tried again in double
+    precision, with a jitter on the diagonal, and at last on the CPU; compiled or under `torch.vmap`, there is one
     attempt.
 
     Args:
         matrix: [..., d, d], symmetric up to rounding.
-        dtype: to compute in.
+        dtype: to compute in; that of the matrix, float32 at least, if None.
 
     Returns:
         ``(values [..., d], vectors [..., d, d])`` in the dtype of the matrix.
@@ -26,7 +26,7 @@ def eigh(matrix: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
     Raises:
         ValueError: the matrix holds NaN or inf.
     """
-    wide = matrix.to(dtype)
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32) if dtype is None else dtype)
     wide = (wide + wide.mT) / 2
     if not looks(wide):
         values, vectors = torch.linalg.eigh(wide)
@@ -38,17 +38,19 @@ def eigh(matrix: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
 def _retried(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("expected a finite matrix, got NaN or inf")
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    found = _attempt(matrix)
+    if found is not None:
+        return found
+    double = matrix.double()
+    mean = double.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=double.dtype, device=double.device)
     for jitter in (0.0, *JITTERS):
-        found = _attempt(matrix + jitter * mean * eye if jitter else matrix)
+        found = _attempt(double + jitter * mean * eye)
         if found is not None:
             return found
-    found = _attempt(matrix.cpu())
+    found = _attempt(double.cpu())
     if found is None:
-        raise ValueError(
-            "expected a matrix with an eigendecomposition, got one that never converges"
-        )
+        raise ValueError("expected a matrix whose eigenvalues can be found, got one without end")
     return found[0].to(matrix.device), found[1].to(matrix.device)
 
 
@@ -68,7 +70,7 @@ def looks(tensor: Tensor) -> bool:
 
 
 def eigh_all(
-    matrices: Mapping[str, Tensor], dtype: torch.dtype = torch.float64
+    matrices: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float64
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Decompose many matrices [h, d, d], those of one size in one call.
 

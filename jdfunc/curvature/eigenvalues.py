@@ -15,12 +15,13 @@ from torch import Tensor
 
 from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.capture import Captured, UseOf
-from jdfunc.curvature.factors import Pair, pairs_of, rows_of
+from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer, Layout
+from jdfunc.curvature.pairs import Pair, pairs_of, positions_innermost, turned, with_ones
 from jdfunc.factored.leaves import OneHot, Outer, Side, sum_of_outer
 
 #: Memory of the rotated gradients that are squared at a time, in bytes: it should stay in a cache.
-BLOCK_BYTES = 2**23
+BLOCK_BYTES = 2**21
 
 
 def eigenvalue_sums(
@@ -54,7 +55,7 @@ def eigenvalue_sums(
         ]
         sums[layer.name] = _layer_sums(layer, rotated, basis[layer.name], joint_bias)
         if layer.bias is not None and not layer.joint(joint_bias):
-            added = [g.sum(-2) for (_, g), u in zip(rotated, layer.uses, strict=True) if u.bias]
+            added = [p.cotangent.sum(-2) for p, u in zip(rotated, layer.uses, strict=True) if u.bias]
             squares = sum(added[1:], added[0]).square().sum((0, 1))  # [h, e]
             left = layer.bias_activations() == 1
             sums[layer.bias] = squares[..., None] if left else squares[:, None]
@@ -69,29 +70,28 @@ def eigenvalue_sums(
 
 def _rotated(pair: Pair, use: UseOf, basis: Basis) -> Pair:
     """Return activations and cotangents in the bases of their sides."""
-    (activation, cotangent), sides = pair, (basis.left, basis.right)
-    own, other = sides[use.activations], sides[1 - use.activations]
-    if not isinstance(other, tuple):
-        cotangent = cotangent @ other.to(cotangent.dtype)
-    if isinstance(own, tuple):
-        return activation, cotangent
-    own = own.to(cotangent.dtype)
-    return own[0][activation.indices] if isinstance(activation, OneHot) else activation @ own, (
-        cotangent
-    )
+    own, other = basis[use.activations], basis[1 - use.activations]
+    (a, g, one), none = pair, None
+    if isinstance(other, Tensor):
+        g = turned(g, other)
+    if not isinstance(own, Tensor):
+        return Pair(with_ones(pair), g, none)
+    if isinstance(a, OneHot):
+        return Pair(own.to(g.dtype)[0][a.indices], g, none)
+    return Pair(turned(a, own, one), g, none)
 
 
 def _layer_sums(layer: Layer, rotated: Sequence[Pair], basis: Basis, joint_bias: bool) -> Tensor:
     """Σ over examples and vectors of the squares of one layer's rotated gradient, [h, r, q]."""
-    activations = [a for a, _ in rotated]
+    activations = [pair.activation for pair in rotated]
     if len(layer.roles) == 1 and not any(isinstance(a, OneHot) for a in activations):
-        a = torch.cat([a for a in activations if isinstance(a, Tensor)], -2)
-        g = torch.cat([g for _, g in rotated], -2)
+        a = _joined([a for a in activations if isinstance(a, Tensor)])
+        g = _joined([pair.cotangent for pair in rotated])
         squares = _squares(a, g)
         return squares if layer.roles[0] == 0 else squares.mT
     if len(layer.roles) == 1 and all(isinstance(a, OneHot) for a in activations):
         indices = torch.cat([a.indices for a in activations if isinstance(a, OneHot)], -1)
-        g = torch.cat([g for _, g in rotated], -2)
+        g = _joined([pair.cotangent for pair in rotated])
         return _token_squares(indices[:, 0, 0], g, layer.matrix[1])
     return _materialised_squares(layer, rotated, basis, joint_bias)
 
@@ -111,16 +111,31 @@ def _squares(a: Tensor, g: Tensor) -> Tensor:
         aa = a[:, 0, :, first] * a[:, 0, :, second] * twice
         gg = g[..., first, :] * g[..., second, :]
         return _product(aa, gg.sum(1))
-    per_example = vectors * math.prod(a.shape[2:3]) * a.shape[-1] * g.shape[-1] * a.element_size()
-    step = max(1, BLOCK_BYTES // max(1, per_example))
-    total = None
-    for start in range(0, a.shape[0], step):
-        x, y = a[start : start + step, 0], g[start : start + step]
-        # [n, h, d, s] @ [n, h, s, V e]: one product for all vectors of an example
-        y = y.permute(0, 2, 3, 1, 4).flatten(3)
-        rows = (x.mT @ y).square().sum(0).unflatten(-1, (vectors, -1)).sum(-2)
-        total = rows if total is None else total + rows
-    return total
+    return _gradient_squares(a[:, 0], g)
+
+
+def _gradient_squares(a: Tensor, g: Tensor) -> Tensor:
+    """Return Σ_vn (Σ_s a_ns ⊗ g_vns)² from the gradients themselves, few at a time."""
+    n, vectors, h, _, e = g.shape
+    size, total = h * a.shape[-1] * e * a.element_size(), None
+    together = positions_innermost(g) and h == 1  # [n, V e, s] is a view: one product for all v
+    step = max(1, BLOCK_BYTES // max(1, size * (vectors if together else 1)))
+    for start in range(0, n, step):
+        x, y = a[start : start + step], g[start : start + step]
+        if together:
+            rows = y.mT.flatten(1, 3)[:, None] @ x  # [n, 1, V e, d]
+            squares = [rows.square().sum(0).unflatten(1, (vectors, e)).sum(1)]
+        else:
+            squares = [(y[:, v].mT @ x).square().sum(0) for v in range(vectors)]
+        for square in squares:
+            total = square if total is None else total + square
+    assert total is not None
+    return total.mT
+
+
+def _joined(sides: list[Tensor]) -> Tensor:
+    """Join the uses of a tied weight along their positions."""
+    return sides[0] if len(sides) == 1 else torch.cat(sides, -2)
 
 
 def _product(a: Tensor, g: Tensor) -> Tensor:
@@ -144,14 +159,14 @@ def _materialised_squares(
     h, i, j = layer.block(joint_bias).shape
     r = i if isinstance(basis.left, tuple) else basis.left.shape[-1]
     q = j if isinstance(basis.right, tuple) else basis.right.shape[-1]
-    n, vectors = rotated[0][1].shape[:2]
-    like = rotated[0][1]
+    like = rotated[0].cotangent
+    n, vectors = like.shape[:2]
     param = like.new_zeros(()).expand(h * r, q)
     step = max(1, BLOCK_BYTES // max(1, vectors * h * r * q * like.element_size()))
     total = like.new_zeros((h, r, q))
     for start in range(0, n, step):
         outers = []
-        for (a, g), use in zip(rotated, layer.uses, strict=True):
+        for (a, g, _), use in zip(rotated, layer.uses, strict=True):
             a, g = _take(a, start, step), g[start : start + step]
             outers.append(Outer(a, g, param) if use.activations == 0 else Outer(g, a, param))
         total = total + sum_of_outer(tuple(outers)).square().sum((0, 1))

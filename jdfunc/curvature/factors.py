@@ -17,10 +17,16 @@ from torch import Tensor
 from jdfunc.curvature.blocks import Factors
 from jdfunc.curvature.capture import Captured, UseOf
 from jdfunc.curvature.layout import Layer, Layout, Rest
+from jdfunc.curvature.pairs import (
+    Pair,
+    activation_moment,
+    pairs_of,
+    second_moment,
+    side_moment,
+    wide,
+)
 from jdfunc.curvature.sharing import Sharing, expand
-from jdfunc.factored.leaves import OneHot, Side, positions, stacked
-
-Pair = tuple[Side, Tensor]
+from jdfunc.factored.leaves import OneHot, Side, positions
 
 
 class Moments(NamedTuple):
@@ -79,39 +85,13 @@ def factor_sums(
     return sums
 
 
-def pairs_of(
-    layer: Layer,
-    cap: Captured,
-    uses: Sequence[UseOf],
-    joint_bias: bool,
-    dtype: torch.dtype | None,
-) -> list[Pair]:
-    """Return activations, with the ones of a joint bias, and cotangents of each use of a layer."""
-    pairs, own = [], iter(layer.uses)
-    for (activation, cotangent), use in zip(cap.uses, uses, strict=True):
-        if use.param != layer.name:
-            continue
-        added = next(own).bias is not None
-        if isinstance(activation, Tensor):
-            wide = torch.promote_types(activation.dtype, torch.float32) if dtype is None else dtype
-            activation = activation.to(wide)
-            if layer.joint(joint_bias):  # 0 for a use of a tied weight without the bias
-                one = activation.new_full((*activation.shape[:-1], 1), float(added))
-                activation = torch.cat([activation, one], -1)
-        if isinstance(cotangent, Tensor):
-            wide = torch.promote_types(cotangent.dtype, torch.float32) if dtype is None else dtype
-            cotangent = cotangent.to(wide)
-        pairs.append((activation, cotangent))
-    return pairs
-
-
 def rows_of(rest: Rest, cap: Captured, dtype: torch.dtype | None) -> Tensor:
     """Return the rows of the parameters of a block, one after the other: [n·V, p]."""
     rows = [
         cap.rows[name].reshape(-1, max(1, cap.rows[name][0, 0].numel())) for name in rest.params
     ]
     joined = torch.cat(rows, 1)
-    return joined.to(torch.promote_types(joined.dtype, torch.float32) if dtype is None else dtype)
+    return wide(joined, dtype)
 
 
 def _role(
@@ -124,39 +104,27 @@ def _role(
 ) -> tuple[Factors, Tensor]:
     """Return the factors of the uses whose activations stand on one side, and their count."""
     own = [pair for pair, use in zip(pairs, layer.uses, strict=True) if use.activations == role]
-    width = layer.block(joint_bias).shape[1 + role]
-    activations = sharing.activations([a for a, _ in own])
-    if not first:
-        activations = [
-            OneHot(a.indices[:0]) if isinstance(a, OneHot) else a[:0] for a in activations
-        ]
-    moments = [side_moment(a, width, diagonal=layer.diagonal[role]) for a in activations]
-    a_factor = sum(moments[1:], moments[0])
-    count = sum(_examples(a) * positions(a) for a in activations)
-    if own[0][1] == ():  # no backward pass: B is the identity
-        b_factor = a_factor.new_ones((layer.matrix[0], layer.matrix[2 - role]))
+    own = sharing.pairs(own)
+    h, *sizes = layer.block(joint_bias).shape
+    flat = [layer.diagonal[side] for side in (role, 1 - role)]
+    count = 0
+    if first:
+        moments = [activation_moment(p, sizes[role], diagonal=flat[0]) for p in own]
+        a_factor = sum(moments[1:], moments[0])
+        count = sum(_count(pair.activation) for pair in own)
     else:
-        cotangents = sharing.cotangents([g for _, g in own])
-        gg = [second_moment(stacked(g), diagonal=layer.diagonal[1 - role]) for g in cotangents]
-        b_factor = sum(gg[1:], gg[0])
+        shape = (h, sizes[role]) if flat[0] else (h, sizes[role], sizes[role])
+        a_factor = own[0].cotangent.new_zeros(shape)
+    if isinstance(own[0].cotangent, Tensor):
+        moments = [side_moment(pair.cotangent, diagonal=flat[1]) for pair in own]
+        b_factor = sum(moments[1:], moments[0])
+    else:  # no backward pass: B is the identity
+        b_factor = a_factor.new_ones((h, sizes[1 - role]))
     number = torch.full((), float(count), dtype=torch.float64, device=a_factor.device)
     return (Factors(a_factor, b_factor) if role == 0 else Factors(b_factor, a_factor)), number
 
 
-def _examples(side: Side) -> int:
-    return (side.indices if isinstance(side, OneHot) else side).shape[0]
-
-
-def side_moment(side: Side, width: int, *, diagonal: bool) -> Tensor:
-    """Return the second moment of a side, [h, d, d], or its diagonal [h, d]."""
-    if isinstance(side, Tensor):
-        return second_moment(stacked(side), diagonal=diagonal)
-    indices = side.indices.flatten()
-    ones = torch.ones(indices.shape, dtype=torch.get_default_dtype(), device=indices.device)
-    counts = ones.new_zeros(width).index_add(0, indices, ones)[None]
-    return counts if diagonal else torch.diag_embed(counts)
-
-
-def second_moment(vectors: Tensor, *, diagonal: bool) -> Tensor:
-    """Return Σ x xᵀ of vectors [h, n, d]: [h, d, d], or its diagonal [h, d]."""
-    return vectors.square().sum(1) if diagonal else vectors.mT @ vectors
+def _count(side: Side) -> int:
+    """Return over how many examples and positions a side goes."""
+    examples = (side.indices if isinstance(side, OneHot) else side).shape[0]
+    return examples * positions(side)

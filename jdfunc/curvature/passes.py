@@ -37,7 +37,7 @@ class Precision(NamedTuple):
 
     factors: torch.dtype | None = None
     eigenvalues: torch.dtype | None = None
-    eigh: torch.dtype = torch.float64
+    eigh: torch.dtype | None = None
 
 
 class Setup(NamedTuple):

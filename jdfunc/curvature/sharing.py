@@ -10,46 +10,39 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from jdfunc.factored.leaves import OneHot, Side, positions
-
-Sides = list[Side]
+from jdfunc.curvature.pairs import Pair, with_ones
+from jdfunc.factored.leaves import OneHot, positions
 
 
 class Sharing(NamedTuple):
-    """How positions are brought together.
+    """How the positions of an example are brought together.
 
     Attributes:
-        activations: from those of every use, [n, 1, h, s, d], to those whose second moment is
-            the mean.
-        cotangents: from those of every use, [n, V, h, s, e], to those whose second moment is
-            summed.
+        pairs: from the pairs of all uses of a layer to those whose second moments are taken.
         sums: whether positions are summed, so that few examples leave a null space.
     """
 
-    activations: Callable[[Sides], Sides]
-    cotangents: Callable[[list[Tensor]], list[Tensor]]
+    pairs: Callable[[list[Pair]], list[Pair]]
     sums: bool
 
 
-def _mean_over_positions(sides: Sides) -> Sides:
-    if all(isinstance(side, OneHot) for side in sides):  # frequencies, whatever the sharing
-        return sides
-    like = next(side for side in sides if isinstance(side, Tensor))
-    dense = [
-        F.one_hot(s.indices, like.shape[-1]).to(like.dtype) if isinstance(s, OneHot) else s
-        for s in sides
-    ]
+def _reduced(pairs: list[Pair]) -> list[Pair]:
+    sums = [p.cotangent.sum(-2, keepdim=True) for p in pairs if isinstance(p.cotangent, Tensor)]
+    cotangent = sum(sums[1:], sums[0]) if sums else pairs[0].cotangent
+    sides = [with_ones(pair) for pair in pairs]
+    tensors = [side for side in sides if isinstance(side, Tensor)]
+    if not tensors:  # frequencies, whatever the sharing
+        silent = [pair._replace(cotangent=pair.cotangent[..., :0, :]) for pair in pairs[1:]]
+        return [pairs[0]._replace(cotangent=cotangent), *silent]
+    width, dtype = tensors[0].shape[-1], tensors[0].dtype
+    dense = [F.one_hot(s.indices, width).to(dtype) if isinstance(s, OneHot) else s for s in sides]
+    totals = [side.sum(-2, keepdim=True) for side in dense]
     count = sum(positions(side) for side in sides)
-    return [_total(dense) / max(1, count)]
-
-
-def _total(sides: list[Tensor]) -> Tensor:
-    totals = [side.sum(-2, keepdim=True) for side in sides]
-    return sum(totals[1:], totals[0])
+    return [Pair(sum(totals[1:], totals[0]) / max(1, count), cotangent, None)]
 
 
 #: Every position on its own: A = 1/(N s) Σ a aᵀ, B = w Σ g gᵀ.
-expand = Sharing(lambda sides: sides, lambda cotangents: cotangents, sums=False)
+expand = Sharing(lambda pairs: pairs, sums=False)
 
-#: An example's positions together: A = 1/N Σ ā āᵀ with ā the mean, B = w Σ ḡ ḡᵀ with ḡ the sum.
-reduce = Sharing(_mean_over_positions, lambda cotangents: [_total(cotangents)], sums=True)
+#: An example's positions together: A = 1/N Σ ā āᵀ with ā their mean, B = w Σ ḡ ḡᵀ with ḡ their sum.
+reduce = Sharing(_reduced, sums=True)

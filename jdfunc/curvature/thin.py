@@ -11,13 +11,14 @@ from torch import Tensor
 
 from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.eigen import eigh, eigh_all
-from jdfunc.curvature.factors import pairs_of, rows_of, second_moment
+from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer
+from jdfunc.curvature.pairs import pairs_of, second_moment, with_ones
 from jdfunc.curvature.passes import Chunk, Setup
 from jdfunc.factored.leaves import stacked
 
 
-def thin_basis(vectors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def thin_basis(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Orthonormal eigenvectors of the second moment of few vectors, within their span.
 
     Args:
@@ -27,7 +28,7 @@ def thin_basis(vectors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     Returns:
         [h, d, n].
     """
-    wide = vectors.to(dtype)
+    wide = vectors if dtype is None else vectors.to(dtype)
     q, r = torch.linalg.qr(wide.mT)
     return (q @ eigh(r @ r.mT, dtype)[1]).to(vectors.dtype)
 
@@ -72,5 +73,5 @@ def _vectors(setup: Setup, layer: Layer, chunks: Sequence[Chunk], side: int) -> 
         if activations and not chunk.first:
             continue
         pairs = pairs_of(layer, chunk.cap, chunk.uses, setup.joint_bias, setup.precision.factors)
-        parts += [stacked(a if activations else g) for a, g in pairs]
+        parts += [stacked(with_ones(p) if activations else p.cotangent) for p in pairs]
     return torch.cat(parts, 1)

@@ -1,0 +1,132 @@
+"""Pairs of activations and cotangents: their second moments, and their rotations.
+
+Sides are [n, V, h, s, d]: examples, vectors, groups, positions, features. Convolutions lay them out
+with positions innermost, everything else with features innermost, and both stay as they are: a copy
+costs as much as a product here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jdfunc.curvature.capture import Captured, UseOf
+from jdfunc.curvature.layout import Layer
+from jdfunc.factored import products
+from jdfunc.factored.leaves import OneHot, Side, stacked
+
+#: A second moment of wider sides is computed in strips, since it is symmetric.
+WIDE = 512
+
+
+class Pair(NamedTuple):
+    """One use of a layer, seen from both sides.
+
+    Attributes:
+        activation: [n, 1, h, s, d].
+        cotangent: [n, V, h, s, e]; () if nothing was pulled back.
+        one: what stands behind every activation for a joint bias, 1, or 0 for a use of a tied
+            weight without the bias; None if nothing does.
+    """
+
+    activation: Side
+    cotangent: Tensor
+    one: float | None
+
+
+def pairs_of(
+    layer: Layer,
+    cap: Captured,
+    uses: Sequence[UseOf],
+    joint_bias: bool,
+    dtype: torch.dtype | None,
+) -> list[Pair]:
+    """Return the pairs of a layer, in the order of its uses, in float32 at least."""
+    pairs, own, joint = [], iter(layer.uses), layer.joint(joint_bias)
+    for (activation, cotangent), use in zip(cap.uses, uses, strict=True):
+        if use.param == layer.name:
+            one = float(next(own).bias is not None) if joint else None
+            a, g = (wide(t, dtype) if isinstance(t, Tensor) else t for t in (activation, cotangent))
+            pairs.append(Pair(a, g, one))
+    return pairs
+
+
+def wide(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in a dtype; in its own, float32 at least, if None."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32) if dtype is None else dtype)
+
+
+def with_ones(pair: Pair) -> Side:
+    """Return the activations with what stands behind them."""
+    if pair.one is None or isinstance(pair.activation, OneHot):
+        return pair.activation
+    return torch.cat([pair.activation, torch.full_like(pair.activation[..., :1], pair.one)], -1)
+
+
+# ------------------------------------------------------------------------------ second moments
+
+
+def activation_moment(pair: Pair, width: int, *, diagonal: bool) -> Tensor:
+    """Return Σ a aᵀ over all positions, [h, d, d], or its diagonal [h, d]."""
+    a, one = pair.activation, pair.one
+    if isinstance(a, OneHot):
+        return _frequencies(a.indices.flatten(), width, diagonal)
+    moment = side_moment(a, diagonal=diagonal)
+    if one is None:
+        return moment
+    if one == 0:
+        return F.pad(moment, (0, 1) if diagonal else (0, 1, 0, 1))
+    count = moment.new_full((moment.shape[0], 1), float(a[:, 0, 0, :, 0].numel()))
+    if diagonal:
+        return torch.cat([moment, count], -1)
+    sums = a.sum((0, 1, 3))[..., None]  # [h, d, 1]
+    below = torch.cat([sums.mT, count[..., None]], -1)
+    return torch.cat([torch.cat([moment, sums], -1), below], -2)
+
+
+def _frequencies(indices: Tensor, width: int, diagonal: bool) -> Tensor:
+    ones = torch.ones(indices.shape, dtype=torch.get_default_dtype(), device=indices.device)
+    counts = ones.new_zeros(width).index_add(0, indices, ones)[None]
+    return counts if diagonal else torch.diag_embed(counts)
+
+
+def side_moment(side: Tensor, *, diagonal: bool) -> Tensor:
+    """Return Σ x xᵀ over examples, vectors and positions, [h, d, d], or its diagonal [h, d]."""
+    s, d = side.shape[-2:]
+    if not diagonal and positions_innermost(side) and 2 * s >= d:
+        return (side.mT @ side).sum((0, 1))
+    return second_moment(stacked(side), diagonal=diagonal)
+
+
+def second_moment(vectors: Tensor, *, diagonal: bool) -> Tensor:
+    """Return Σ x xᵀ of vectors [h, n, d]: [h, d, d], or its diagonal [h, d]."""
+    if diagonal:
+        return vectors.square().sum(1)
+    if vectors.shape[0] == 1 and vectors.shape[-1] >= WIDE:
+        columns = vectors[0].mT
+        return products.product(columns, columns, symmetric=True)[None]
+    return vectors.mT @ vectors
+
+
+def positions_innermost(side: Tensor) -> bool:
+    """Tell whether a side is laid out [..., d, s], as convolutions do."""
+    return side.stride(-2) == 1 and side.stride(-1) != 1 and side.shape[-2] > 1
+
+
+# ----------------------------------------------------------------------------------- rotations
+
+
+def turned(side: Tensor, vectors: Tensor, one: float | None = None) -> Tensor:
+    """Return [side, one] @ vectors, [n, V, h, s, r], for vectors [h, d, r]."""
+    vectors = vectors.to(side.dtype)
+    if one is not None:
+        rotated = turned(side, vectors[:, :-1])
+        return rotated + vectors[:, -1:] if one else rotated
+    if vectors.shape[0] > 1:
+        grouped = side.movedim(2, 0)
+        return (grouped.flatten(1, 3) @ vectors).unflatten(1, grouped.shape[1:4]).movedim(0, 2)
+    if positions_innermost(side):
+        return (vectors[0].mT @ side.mT).mT
+    return side @ vectors[0]
