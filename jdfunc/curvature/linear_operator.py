@@ -42,9 +42,10 @@ def as_linear_operator(operator: Curvature | Power, params: Params) -> LinearOpe
     def columns(given: Any) -> Any:
         matrix = torch.tensor(given, dtype=dtype, device=device).T
         pieces = zip(matrix.split(sizes, 1), leaves, strict=True)
-        tree = restore([piece.reshape(-1, *leaf.shape) for piece, leaf in pieces])
+        tree = restore([piece.reshape(len(matrix), *leaf.shape) for piece, leaf in pieces])
         applied = matvec(operator, tree) if isinstance(operator, Curvature) else operator(tree)
-        flat = torch.cat([leaf.reshape(len(matrix), -1) for leaf in pytrees.leaves(applied)], 1)
+        pairs = zip(pytrees.leaves(applied), sizes, strict=True)
+        flat = torch.cat([leaf.reshape(len(matrix), size) for leaf, size in pairs], 1)
         return flat.T.detach().cpu().numpy()
 
     def column(given: Any) -> Any:

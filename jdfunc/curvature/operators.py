@@ -244,7 +244,8 @@ def to_dense(operator: Curvature | Power, order: Sequence[str] | None = None) ->
     like = values_of(next(iter(parts.values())))
     pieces = torch.eye(sum(sizes), device=like.device).split(sizes, 1)
     columns = {
-        name: piece.reshape(-1, *shapes[name]) for name, piece in zip(names, pieces, strict=True)
+        name: piece.reshape(sum(sizes), *shapes[name])
+        for name, piece in zip(names, pieces, strict=True)
     }
 
     def one(block: Block, matrix: Tensor) -> Tensor:
@@ -252,7 +253,8 @@ def to_dense(operator: Curvature | Power, order: Sequence[str] | None = None) ->
         return applied(part, matrix.to(dtype_of(part)))
 
     mapped = map_named(one, operator.layout, columns)
-    return torch.cat([mapped[name].reshape(sum(sizes), -1) for name in names], 1)
+    pairs = zip(names, sizes, strict=True)
+    return torch.cat([mapped[name].reshape(sum(sizes), size) for name, size in pairs], 1)
 
 
 def _parts(curv: Curvature) -> dict[str, Part]:

@@ -193,6 +193,13 @@ def columns_tree(*columns: int) -> Any:
     return pytrees.map(lambda leaf: randn(*columns, *leaf.shape), params_tree())
 
 
+def few_blocks(case: Case, tree: Any) -> tuple[Curvature, Any]:
+    """Three blocks and their part of a tree, for what takes long: a joint bias, one-hot, a zero."""
+    tops = ("linear", "embedding", "unused")
+    layout = tuple(b for b in LAYOUT if b.name.split(".")[0] in tops)
+    return case.curv._replace(layout=layout), {top: tree[top] for top in tops}
+
+
 # --- rows ------------------------------------------------------------------------------------
 
 
