@@ -7,8 +7,7 @@ al., Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasi
 arXiv:1806.03884.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer, Layout
 from jdfunc.curvature.pairs import Pair, pairs_of, positions_innermost, turned, with_ones
 from jdfunc.factored.leaves import OneHot, Outer, Side, sum_of_outer
+
+Vectors = Tensor | tuple[()]
 
 #: Memory of the rotated gradients that are squared at a time, in bytes: it should stay in a cache.
 BLOCK_BYTES = 2**21
@@ -49,85 +50,122 @@ def eigenvalue_sums(
     sums: dict[str, Tensor] = {}
     for layer in layout.layers:
         pairs = pairs_of(layer, cap, uses, joint_bias, dtype)
-        rotated = [
-            _rotated(pair, use, basis[layer.name])
-            for pair, use in zip(pairs, layer.uses, strict=True)
-        ]
-        sums[layer.name] = _layer_sums(layer, rotated, basis[layer.name], joint_bias)
+        sums[layer.name] = _layer_sums(layer, pairs, basis[layer.name], joint_bias)
         if layer.bias is not None and not layer.joint(joint_bias):
-            added = [p.cotangent.sum(-2) for p, u in zip(rotated, layer.uses, strict=True) if u.bias]
-            squares = sum(added[1:], added[0]).square().sum((0, 1))  # [h, e]
-            left = layer.bias_activations() == 1
-            sums[layer.bias] = squares[..., None] if left else squares[:, None]
+            sums[layer.bias] = _bias_sums(layer, pairs, basis[layer.name])
     for rest in layout.rests:
         if rest.rule.covered:
-            rows = rows_of(rest, cap, dtype)
-            right = basis[rest.params[0]].right
-            turned = rows if isinstance(right, tuple) else rows @ right[0].to(rows.dtype)
-            sums[rest.params[0]] = turned.square().sum(0)[None, None]
+            rows, right = rows_of(rest, cap, dtype), basis[rest.params[0]].right
+            rows = rows @ right[0].to(rows.dtype) if isinstance(right, Tensor) else rows
+            sums[rest.params[0]] = rows.square().sum(0)[None, None]
     return sums
+
+
+def _bias_sums(layer: Layer, pairs: Sequence[Pair], basis: Basis) -> Tensor:
+    """Return λ of a bias alone, Σ_vn (Qᵀ Σ_s g)²: [h, r, 1] or [h, 1, q]."""
+    added = [p.cotangent for p, use in zip(pairs, layer.uses, strict=True) if use.bias]
+    sums = [g.sum(-2, keepdim=True) for g in added]
+    on_left = layer.bias_activations() == 1
+    total, vectors = sum(sums[1:], sums[0]), basis.left if on_left else basis.right
+    turn = turned(total, vectors) if isinstance(vectors, Tensor) else total
+    squares = turn.square().sum((0, 1))  # [h, 1, r]
+    return squares.mT if on_left else squares
+
+
+def _layer_sums(layer: Layer, pairs: Sequence[Pair], basis: Basis, joint_bias: bool) -> Tensor:
+    """Return Σ over examples and vectors of the squares of one layer's rotated gradient."""
+    if len(layer.roles) == 1:
+        role, activations = layer.roles[0], [pair.activation for pair in pairs]
+        own, other = basis[role], basis[1 - role]
+        g = _joined([pair.cotangent for pair in pairs])
+        if all(isinstance(a, OneHot) for a in activations) and not isinstance(own, Tensor):
+            indices = torch.cat([a.indices for a in activations if isinstance(a, OneHot)], -1)
+            g = turned(g, other) if isinstance(other, Tensor) else g
+            squares = _token_squares(indices[:, 0, 0], g, layer.matrix[1 + role])
+            return squares if role == 0 else squares.mT
+        if not any(isinstance(a, OneHot) for a in activations):
+            one = pairs[0].one
+            if len(pairs) > 1:
+                activations, one = [with_ones(pair) for pair in pairs], None
+            a = _joined([a for a in activations if isinstance(a, Tensor)])
+            squares = _squares(a, g, own, other, one)
+            return squares if role == 0 else squares.mT
+    return _materialised_squares(
+        layer,
+        [_rotated(*pu, basis) for pu in zip(pairs, layer.uses, strict=True)],
+        basis,
+        joint_bias,
+    )
 
 
 def _rotated(pair: Pair, use: UseOf, basis: Basis) -> Pair:
     """Return activations and cotangents in the bases of their sides."""
     own, other = basis[use.activations], basis[1 - use.activations]
-    (a, g, one), none = pair, None
-    if isinstance(other, Tensor):
-        g = turned(g, other)
-    if not isinstance(own, Tensor):
-        return Pair(with_ones(pair), g, none)
-    if isinstance(a, OneHot):
-        return Pair(own.to(g.dtype)[0][a.indices], g, none)
-    return Pair(turned(a, own, one), g, none)
+    g = turned(pair.cotangent, other) if isinstance(other, Tensor) else pair.cotangent
+    a = with_ones(pair)
+    if isinstance(own, Tensor):
+        own = own.to(g.dtype)
+        a = own[0][a.indices] if isinstance(a, OneHot) else turned(a, own)
+    return Pair(a, g, None)
 
 
-def _layer_sums(layer: Layer, rotated: Sequence[Pair], basis: Basis, joint_bias: bool) -> Tensor:
-    """Σ over examples and vectors of the squares of one layer's rotated gradient, [h, r, q]."""
-    activations = [pair.activation for pair in rotated]
-    if len(layer.roles) == 1 and not any(isinstance(a, OneHot) for a in activations):
-        a = _joined([a for a in activations if isinstance(a, Tensor)])
-        g = _joined([pair.cotangent for pair in rotated])
-        squares = _squares(a, g)
-        return squares if layer.roles[0] == 0 else squares.mT
-    if len(layer.roles) == 1 and all(isinstance(a, OneHot) for a in activations):
-        indices = torch.cat([a.indices for a in activations if isinstance(a, OneHot)], -1)
-        g = _joined([pair.cotangent for pair in rotated])
-        return _token_squares(indices[:, 0, 0], g, layer.matrix[1])
-    return _materialised_squares(layer, rotated, basis, joint_bias)
+def _squares(a: Tensor, g: Tensor, own: Vectors, other: Vectors, one: float | None) -> Tensor:
+    """Return Σ_vn (Σ_s [a_ns, 1] Q_a ⊗ g_vns Q_g)², [h, d, e], in the cheapest of three ways.
 
+    One position: a product of squares. Few: pairs of positions, Σ_st (a_s a_t) Σ_v (g_s g_t).
+    Many: the gradients themselves, where a side is rotated before or after the sum over s.
 
-def _squares(a: Tensor, g: Tensor) -> Tensor:
-    """Return Σ_vn (Σ_s a_ns ⊗ g_vns)², [h, d, e], of [n, 1, h, s, d] and [n, V, h, s, e].
+    Args:
+        a: activations [n, 1, h, s, d].
+        g: cotangents [n, V, h, s, e].
+        own: Q_a [h, d, r], or () for the identity.
+        other: Q_g [h, e, q], likewise.
+        one: what stands behind every activation.
 
-    The cheaper of three: one position; pairs of positions, Σ_st (a_s a_t) Σ_v (g_s g_t); or the
-    gradients themselves, block by block.
+    Returns:
+        The squares.
     """
     s, vectors = a.shape[-2], g.shape[1]
+    few = s * (s + 1) // 2 < vectors * (s + 8)
+    late_a = not few and isinstance(own, Tensor) and vectors * g.shape[-1] < s
+    late_g = not few and isinstance(other, Tensor) and a.shape[-1] < s
+    if not late_a and isinstance(own, Tensor):
+        a, one = turned(a, own, one), None
+    if not late_g and isinstance(other, Tensor):
+        g = turned(g, other)
+    if one is not None:
+        a = torch.cat([a, torch.full_like(a[..., :1], one)], -1)
     if s == 1:
         return _product(a[:, 0].square(), g.square().sum(1))
-    if s * (s + 1) // 2 < vectors * (s + 8):
+    if few:
         first, second = torch.tril_indices(s, s, device=a.device)
         twice = torch.where(first == second, 1.0, 2.0).to(a.dtype)[:, None]
         aa = a[:, 0, :, first] * a[:, 0, :, second] * twice
         gg = g[..., first, :] * g[..., second, :]
         return _product(aa, gg.sum(1))
-    return _gradient_squares(a[:, 0], g)
+
+    def finish(rows: Tensor) -> Tensor:  # [n, h, e, d]
+        rows = rows @ own.to(rows.dtype) if late_a and isinstance(own, Tensor) else rows
+        return other.mT.to(rows.dtype) @ rows if late_g and isinstance(other, Tensor) else rows
+
+    return _gradient_squares(a[:, 0], g, finish)
 
 
-def _gradient_squares(a: Tensor, g: Tensor) -> Tensor:
-    """Return Σ_vn (Σ_s a_ns ⊗ g_vns)² from the gradients themselves, few at a time."""
+def _gradient_squares(a: Tensor, g: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return Σ_vn of the squares of ``finish(Σ_s g ⊗ a)``, some gradients at a time."""
     n, vectors, h, _, e = g.shape
-    size, total = h * a.shape[-1] * e * a.element_size(), None
+    size = h * a.shape[-1] * e * a.element_size()
     together = positions_innermost(g) and h == 1  # [n, V e, s] is a view: one product for all v
     step = max(1, BLOCK_BYTES // max(1, size * (vectors if together else 1)))
+    total: Tensor | None = None
     for start in range(0, n, step):
         x, y = a[start : start + step], g[start : start + step]
         if together:
-            rows = y.mT.flatten(1, 3)[:, None] @ x  # [n, 1, V e, d]
-            squares = [rows.square().sum(0).unflatten(1, (vectors, e)).sum(1)]
+            rows = [(y.mT.flatten(1, 3) @ x[:, 0]).unflatten(1, (vectors, 1, e)).flatten(0, 1)]
         else:
-            squares = [(y[:, v].mT @ x).square().sum(0) for v in range(vectors)]
-        for square in squares:
+            rows = (y[:, v].mT @ x for v in range(vectors))
+        for row in rows:
+            square = finish(row).square().sum(0)
             total = square if total is None else total + square
     assert total is not None
     return total.mT

@@ -18,7 +18,7 @@ from jdfunc.factored import products
 from jdfunc.factored.leaves import OneHot, Side, stacked
 
 #: A second moment of wider sides is computed in strips, since it is symmetric.
-WIDE = 512
+WIDE = 256
 
 
 class Pair(NamedTuple):
@@ -95,9 +95,16 @@ def _frequencies(indices: Tensor, width: int, diagonal: bool) -> Tensor:
 def side_moment(side: Tensor, *, diagonal: bool) -> Tensor:
     """Return Σ x xᵀ over examples, vectors and positions, [h, d, d], or its diagonal [h, d]."""
     s, d = side.shape[-2:]
-    if not diagonal and positions_innermost(side) and 2 * s >= d:
+    if diagonal or not positions_innermost(side) or 2 * s < d:
+        return second_moment(stacked(side), diagonal=diagonal)
+    if side.shape[2] > 1 or d < WIDE:
         return (side.mT @ side).sum((0, 1))
-    return second_moment(stacked(side), diagonal=diagonal)
+    x = side.flatten(0, 2)
+
+    def block(rows: slice, columns: slice) -> Tensor:
+        return (x[..., rows].mT @ x[..., columns]).sum(0)
+
+    return products.by_blocks(block, d, d, d * d, symmetric=True, strips=4)[None]
 
 
 def second_moment(vectors: Tensor, *, diagonal: bool) -> Tensor:

@@ -4,6 +4,7 @@ With fewer vectors than their length, XᵀX has rank n < d. From X̂ᵀ = Q̂ R 
 R Rᵀ = W e Wᵀ, the eigenvectors of XᵀX with eigenvalues e are Q̂ W; on the complement it is zero.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,9 @@ from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.eigen import eigh, eigh_all
 from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer
-from jdfunc.curvature.pairs import pairs_of, second_moment, with_ones
+from jdfunc.curvature.pairs import Pair, activation_moment, pairs_of, second_moment, with_ones
 from jdfunc.curvature.passes import Chunk, Setup
-from jdfunc.factored.leaves import stacked
+from jdfunc.factored.leaves import OneHot, Side, positions, row_axes, stacked
 
 
 def thin_basis(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,32 +47,49 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
     Raises:
         ValueError: activations or cotangents hold NaN or inf.
     """
-    vectors: dict[str, Tensor] = {}
+    thin: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    dtype = setup.precision.eigh
     for layer in setup.layout.layers:
+        sizes = layer.block(setup.joint_bias).shape[1:]
         for side, place in enumerate(("left", "right")):
-            if not layer.diagonal[side]:
-                vectors[f"{layer.name}, {place}"] = _vectors(setup, layer, chunks, side)
+            if layer.diagonal[side]:
+                continue
+            role = layer.roles[0] == side
+            parts = _sides(setup, layer, chunks, activations=role)
+            number = sum(math.prod(row_axes(p)) * positions(p) for p, _ in parts)
+            name, width = f"{layer.name}, {place}", sizes[side]
+            if number < width and not any(isinstance(p, OneHot) for p, _ in parts):
+                full = [with_ones(Pair(p, p, one)) for p, one in parts]
+                thin[name] = thin_basis(torch.cat([stacked(x) for x in full], 1), dtype)
+            else:
+                found = [
+                    activation_moment(Pair(p, p, one), width, diagonal=False) for p, one in parts
+                ]
+                moments[name] = sum(found[1:], found[0])
     for rest in setup.layout.rests:
         if rest.rule.covered and rest.rule.full:
-            rows = [rows_of(rest, c.cap, setup.precision.factors) for c in chunks]
-            vectors[f"{rest.params[0]}, right"] = torch.cat(rows)[None]
-    few = {name: x for name, x in vectors.items() if x.shape[1] < x.shape[2]}
-    moments = {n: second_moment(x, diagonal=False) for n, x in vectors.items() if n not in few}
-    dtype = setup.precision.eigh
-    bases = {name: thin_basis(x, dtype) for name, x in few.items()}
-    bases |= {name: vectors for name, (_, vectors) in eigh_all(moments, dtype).items()}
+            name = f"{rest.params[0]}, right"
+            rows = torch.cat([rows_of(rest, c.cap, setup.precision.factors) for c in chunks])[None]
+            if rows.shape[1] < rows.shape[2]:
+                thin[name] = thin_basis(rows, dtype)
+            else:
+                moments[name] = second_moment(rows, diagonal=False)
+    bases = thin | {name: vectors for name, (_, vectors) in eigh_all(moments, dtype).items()}
     names = [layer.name for layer in setup.layout.layers]
     names += [rest.params[0] for rest in setup.layout.rests if rest.rule.covered]
     return {n: Basis(bases.get(f"{n}, left", ()), bases.get(f"{n}, right", ())) for n in names}
 
 
-def _vectors(setup: Setup, layer: Layer, chunks: Sequence[Chunk], side: int) -> Tensor:
-    """Return all activations, or all cotangents, of a layer: [h, N, d]."""
-    activations = layer.roles[0] == side
-    parts = []
+def _sides(
+    setup: Setup, layer: Layer, chunks: Sequence[Chunk], *, activations: bool
+) -> list[tuple[Side, float | None]]:
+    """Return the activations of a layer, with what stands behind them, or its cotangents."""
+    sides = []
     for chunk in chunks:
-        if activations and not chunk.first:
-            continue
         pairs = pairs_of(layer, chunk.cap, chunk.uses, setup.joint_bias, setup.precision.factors)
-        parts += [stacked(with_ones(p) if activations else p.cotangent) for p in pairs]
-    return torch.cat(parts, 1)
+        if not activations:
+            sides += [(pair.cotangent, None) for pair in pairs]
+        elif chunk.first:
+            sides += [(pair.activation, pair.one) for pair in pairs]
+    return sides
