@@ -373,8 +373,8 @@ def test_chunks_change_nothing(name, kind):
     layout, data = layout_of(known.problem), [(known.problem[3], known.targets)]
     for method in METHODS.values():
         matrices = []
-        for size in (None, 1, 2):
-            est = estimator(setting, method, layout, chunk_size=size)
+        for sizes in ({}, {"chunk_size": 1}, {"chunk_size": 2, "vector_chunk": 1}):
+            est = estimator(setting, method, layout, **sizes)
             matrices.append(dense(built(est, known.problem, data), known.problem[1]))
         assert_near(matrices[1], matrices[0], 1e-10)
         assert_near(matrices[2], matrices[0], 1e-10)
