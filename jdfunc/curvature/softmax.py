@@ -106,7 +106,8 @@ def cross_entropy(
     def sample(f: Tensor, y: Any, key: Key, n: int) -> Tensor:
         u = draws(uniform, key, f, (n, *f.shape[:-1], 1))
         p = f.to(u.dtype).softmax(-1)
-        below = p.cumsum(-1).masked_fill(p == 0, 0)  # which no u reaches
+        # Classes without a chance are out, even where a parallel sum is rounded up.
+        below = p.cumsum(-1).masked_fill(p == 0, 0)
         return (u * below.amax(-1, keepdim=True) < below).to(torch.uint8).argmax(-1)
 
     def sampled_gradient(f: Tensor, y: Any, labels: Tensor) -> Tensor:

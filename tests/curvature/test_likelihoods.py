@@ -373,9 +373,10 @@ def test_every_entry_of_a_saturated_sigmoid(logit: float) -> None:
         rest = 1 / (1 + mpmath.exp(mpmath.mpf(logit)))
         variance, minus = float(p * rest), float(-rest)
     likelihood = bce_with_logits()
-    assert likelihood.root(f, f).square().item() == pytest.approx(variance, rel=1e-12)
+    root = likelihood.root(f, torch.ones_like(f))
+    assert root.square().item() == pytest.approx(variance, rel=1e-12, abs=0)
     gradient = likelihood.gradient(f, torch.ones_like(f))
-    assert gradient.item() == pytest.approx(minus, rel=1e-12)
+    assert gradient.item() == pytest.approx(minus, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("pivot", range(4))
@@ -485,6 +486,39 @@ def test_classes_at_the_edges_of_the_uniform_numbers(monkeypatch: pytest.MonkeyP
         labels = cross_entropy(class_axis=-1).sample(f, None, 0, 1).flatten()
         possible = f[0, 0].double().softmax(-1).nonzero().flatten()
         assert labels.tolist() == [possible[0], possible[-1]]
+
+
+def test_probabilities_that_do_not_sum_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest uniform number is beyond the sum of the probabilities, by rounding."""
+    largest = 1 - 2.0**-53
+    monkeypatch.setattr(
+        "jdfunc.curvature.softmax.uniform",
+        lambda key, n: torch.full((n,), largest, dtype=torch.float64),
+    )
+    f = randn(200, 30, seed=1)
+    assert (f.softmax(-1).cumsum(-1)[:, -1] < largest).any()
+    assert (cross_entropy().sample(f, None, 0, 1) == 29).all()
+
+
+def test_sums_that_grow_where_nothing_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parallel cumsum may round one sum up and the next down."""
+    cumsum, up = torch.Tensor.cumsum, torch.tensor([0, 2.0**-52, 0], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim: cumsum(p, dim) + up)
+    monkeypatch.setattr(
+        "jdfunc.curvature.softmax.uniform",
+        lambda key, n: torch.full((n,), 0.5, dtype=torch.float64),
+    )
+    f = torch.tensor([[0.0, -math.inf, 0.0]], dtype=torch.float64)
+    assert cross_entropy().sample(f, None, 0, 1).item() == 2
+
+
+@pytest.mark.parametrize("name", ["mse", "cross_entropy", "bce"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_labels_do_not_depend_on_the_precision(name: str, dtype: torch.dtype) -> None:
+    """Chances are those of the outputs as they are, not of rounded probabilities."""
+    f, likelihood = randn(50, 40, seed=1).to(dtype), LOSSES[name]
+    labels, wide = (likelihood.sample(x, None, 5, 400).double() for x in (f, f.double()))
+    torch.testing.assert_close(labels, wide, rtol=0, atol=0)
 
 
 def test_frequencies_of_binary_labels() -> None:
