@@ -338,7 +338,7 @@ def test_trace_of_drawn_labels_is_unbiased(name, loss):
     traces = torch.stack([cv.trace(built(est, known.problem, data, key)) for key in range(200)])
     z = (traces.mean() - known.matrix.trace()) / (traces.std() / len(traces) ** 0.5)
     assert abs(z) < 4
-    assert traces.unique().numel() > 100
+    assert traces.unique().numel() > 20  # labels of four examples in three classes are 81
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "tokens", "everything"])
