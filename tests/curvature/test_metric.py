@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import synthetic_blocks as synthetic
 import torch
+import torch.nn.functional as F
 from synthetic_blocks import (
     F64,
     KINDS,
@@ -26,7 +27,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import jdfunc as jd
-from jdfunc import pytrees
+from jdfunc import algebra, pytrees
+from jdfunc import curvature as cv
 from jdfunc.curvature import metric as metrics
 from jdfunc.curvature import operators
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
@@ -445,3 +447,61 @@ def test_compiled_step() -> None:
     pairs = zip(pytrees.leaves(compiled(params, x)), pytrees.leaves(step(params, x)), strict=True)
     for got, wanted in pairs:
         close(got, wanted, 1e-12)
+
+
+# --- taps of a real model ---------------------------------------------------------------------
+
+
+def net(params: Any, buffers: Any, inputs: Any) -> Tensor:
+    """A convolution in groups, an embedding, a norm, a linear layer, a product."""
+    images, tokens = inputs
+    h = F.conv2d(images, params["conv"]["w"], params["conv"]["b"], groups=2)
+    h = torch.tanh(h).flatten(1) + F.embedding(tokens, params["table"]).sum(1)
+    h = F.layer_norm(h, (8,), params["norm"]["w"], params["norm"]["b"])
+    return torch.tanh(F.linear(h, params["out"]["w"], params["out"]["b"])) @ params["head"]
+
+
+def net_params() -> Any:
+    return {
+        "conv": {"w": randn(2, 1, 2, 2), "b": randn(2)},
+        "table": randn(6, 8),
+        "norm": {"w": randn(8), "b": randn(8)},
+        "out": {"w": randn(5, 8), "b": randn(5)},
+        "head": randn(5, 3),
+    }
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "ekfac"])
+@pytest.mark.parametrize("joint_bias", [True, False])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_taps(estimator: str, joint_bias: bool, batch_dim: Any) -> None:
+    """Rows of `structured` stay factored in the layout of the curvature, and agree with dense."""
+    params, n = net_params(), 6
+    inputs = (randn(n, 2, 3, 3), torch.randint(0, 6, (n, 3)))
+    layout = cv.curvature_layout(net, params, None, inputs)
+    likelihood = cv.cross_entropy()
+    est = getattr(cv, estimator)(layout, likelihood=likelihood, joint_bias=joint_bias)
+    curv = cv.build(est, params, None, [(inputs, torch.randint(0, 3, (n,)))])
+
+    def losses(p: Any, buffers: Any, batch: Any) -> Tensor:
+        return net(p, buffers, batch).square().sum(1)
+
+    lin = jd.structured(losses, params, inputs, batch_dim=batch_dim)
+    rows = torch.func.jacrev(lambda p: losses(p, {}, inputs))(params)
+    J = torch.cat([leaf.reshape(n, -1) for leaf in pytrees.leaves(rows)], 1)
+    rules = [exact(0.1), relative(0.1)] + (
+        [plain(0.1), pseudo(1e-6)] if estimator == "kfac" else []
+    )
+    for rule in rules:
+        metric = inverse(curv, rule)
+        M = to_dense(metric, pytrees.names(params))
+        close(metric.gram(lin.rows), J @ M @ J.T, TOLERANCE)
+        close(lin.gram(metric), J @ M @ J.T, TOLERANCE)
+    if estimator == "kfac":
+        metric = inverse(curv, plain(0.1))
+        leaves = [leaf for (leaf,) in metric.whitened(lin.rows)]
+        kinds = dict(zip((block.name for block in curv.layout), leaves, strict=True))
+        for name in ("conv.w", "table", "out.w", "head"):
+            held = pytrees.leaves(lin.rows, algebra.is_rows)[pytrees.names(params).index(name)]
+            assert isinstance(kinds[name], Tensor) == isinstance(held, Tensor), name
+        assert sum(not isinstance(leaf, Tensor) for leaf in leaves) >= 2
