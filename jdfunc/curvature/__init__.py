@@ -9,8 +9,8 @@ grads = jdfunc.jd_step(model_fn, params, batch, metric=inverse(curv, exact(1e-3)
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
 from jdfunc.curvature.build import build
 from jdfunc.curvature.curvature import Curvature
-from jdfunc.curvature.damping import exact, heuristic, per_block, plain, pseudo, relative
-from jdfunc.curvature.estimators import Estimator, ekfac, kfac, merge
+from jdfunc.curvature.damping import exact, heuristic, per_block, plain, pseudo, relative, undamped
+from jdfunc.curvature.estimators import Estimator, ekfac, kfac
 from jdfunc.curvature.fishers import (
     Fisher,
     default_fisher,
@@ -31,9 +31,76 @@ from jdfunc.curvature.scalars import det, eigenvalues, frobenius_norm, logdet, t
 from jdfunc.curvature.sharing import Sharing, expand, reduce
 from jdfunc.curvature.softmax import cross_entropy
 from jdfunc.curvature.state import State
+from jdfunc.curvature.steps import merge
 from jdfunc.curvature.survey import curvature_layout
+from jdfunc.curvature.targets import Weighted
 from jdfunc.curvature.terms import Likelihood
 from jdfunc.curvature.terms import mean_reduction as mean
 from jdfunc.curvature.terms import sum_reduction as sum
 
-matmat = matvec
+matmat = matvec  # columns stand in front, whatever their number
+
+__all__ = [
+    "Block",
+    "Curvature",
+    "Estimator",
+    "Factors",
+    "Fisher",
+    "Layout",
+    "Likelihood",
+    "Power",
+    "Precision",
+    "Sharing",
+    "Spectrum",
+    "State",
+    "Weighted",
+    "apply",
+    "as_linear_operator",
+    "bce_with_logits",
+    "build",
+    "cross_entropy",
+    "curvature_layout",
+    "custom",
+    "default_fisher",
+    "det",
+    "diag",
+    "diagonal",
+    "eigenvalues",
+    "ekfac",
+    "empirical",
+    "exact",
+    "excluded",
+    "expand",
+    "forward_only",
+    "frobenius_norm",
+    "full_block",
+    "heuristic",
+    "influence",
+    "inverse",
+    "kfac",
+    "kron",
+    "laplace_variance",
+    "logdet",
+    "matmat",
+    "matvec",
+    "mean",
+    "merge",
+    "metric_gramian",
+    "monte_carlo",
+    "mse",
+    "natural_step",
+    "per_block",
+    "plain",
+    "power",
+    "pseudo",
+    "reduce",
+    "relative",
+    "sample",
+    "signed",
+    "solve",
+    "sum",
+    "to_dense",
+    "trace",
+    "type2",
+    "undamped",
+]

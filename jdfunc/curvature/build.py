@@ -21,7 +21,7 @@ from jdfunc.types import Buffers, Params
 Progress = Callable[[int, int | None], Any]
 
 #: Memory up to which the activations and cotangents of the data are kept between passes, in bytes.
-CACHE_BYTES = 2**26
+CACHE_BYTES = 2**28
 
 
 def build(
@@ -64,14 +64,14 @@ def build(
             a model that draws random numbers, or an estimator with ``decay``.
 
     Example:
+        >>> import torch
         >>> from jdfunc import curvature as cv
-        >>> model, X = torch.nn.Linear(2, 1, bias=False), torch.eye(2)
-        >>> apply = lambda params, buffers, x: x @ params["w"]
-        >>> layout = cv.curvature_layout(apply, {"w": torch.zeros(2, 1)}, None, X)
+        >>> params, X = {"w": torch.zeros(2, 1)}, torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> layout = cv.curvature_layout(lambda p, b, x: x @ p["w"], params, None, X)
         >>> est = cv.ekfac(layout, likelihood=cv.mse())
-        >>> curv = build(est, {"w": torch.zeros(2, 1)}, None, [(X, torch.zeros(2, 1))])
-        >>> cv.matvec(curv, {"w": torch.ones(2, 1)})["w"].T
-        tensor([[1., 1.]])
+        >>> curv = build(est, params, None, [(X, torch.zeros(2, 1))])
+        >>> cv.diag(curv, params)["w"].T.round()
+        tensor([[4., 1.]])
     """
     setup = est.setup
     if setup.decay is not None:

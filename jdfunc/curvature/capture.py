@@ -192,7 +192,7 @@ def bound(
 
 
 def _each_example(one: Callable[[Any], Captured], batch: Any, batch_dim: Any) -> Captured:
-    """Run every example of a batch by `torch.vmap`, or one by one if the model branches on values."""
+    """Run examples by `torch.vmap`, or one by one if the model branches on values."""
     try:
         return for_each_example(one, batch, batch_dim)
     except RuntimeError as error:
@@ -210,3 +210,12 @@ def _rows_axis(side: Side) -> Side:
 
 def _use_of(use: Use) -> UseOf:
     return UseOf(use.name, 0 if use.activations_first else 1, use.bias, use.function)
+
+
+def outer(pair: tuple[Side, Any], use: UseOf, param: Tensor) -> Outer:
+    """Return the rows that one use adds to those of its parameter."""
+    activation, cotangent = pair
+    if use.activations == 0:
+        return Outer(activation, cotangent, param)
+    assert isinstance(activation, Tensor)  # one-hot vectors stand on the left
+    return Outer(cotangent, activation, param)

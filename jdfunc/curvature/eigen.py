@@ -13,8 +13,8 @@ def eigh(matrix: Tensor, dtype: torch.dtype | None = torch.float64) -> tuple[Ten
     """Eigenvalues, ascending and none negative, and eigenvectors of symmetric matrices.
 
     Where values can be looked at (eager mode), a decomposition that fails is tried again in double
-    precision, with a jitter on the diagonal, and at last on the CPU; compiled or under `torch.vmap`, there is one
-    attempt.
+    precision, with a jitter on the diagonal, and at last on the CPU; compiled or under
+    `torch.vmap`, there is one attempt.
 
     Args:
         matrix: [..., d, d], symmetric up to rounding.
@@ -26,7 +26,8 @@ def eigh(matrix: Tensor, dtype: torch.dtype | None = torch.float64) -> tuple[Ten
     Raises:
         ValueError: the matrix holds NaN or inf.
     """
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32) if dtype is None else dtype)
+    least = torch.promote_types(matrix.dtype, torch.float32)
+    wide = matrix.to(least if dtype is None else dtype)
     wide = (wide + wide.mT) / 2
     if not looks(wide):
         values, vectors = torch.linalg.eigh(wide)
@@ -57,7 +58,7 @@ def _retried(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return None
     finite = bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all())
     return (values, vectors) if finite else None

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from jdfunc.curvature.basis import Basis
-from jdfunc.curvature.capture import Captured, UseOf
+from jdfunc.curvature.capture import Captured, UseOf, outer
 from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer, Layout
 from jdfunc.curvature.pairs import Pair, pairs_of, positions_innermost, turned, with_ones
-from jdfunc.factored.leaves import OneHot, Outer, Side, sum_of_outer
+from jdfunc.factored.leaves import OneHot, Side, sum_of_outer
 
 Vectors = Tensor | tuple[()]
 
@@ -64,9 +64,9 @@ def eigenvalue_sums(
 def _bias_sums(layer: Layer, pairs: Sequence[Pair], basis: Basis) -> Tensor:
     """Return λ of a bias alone, Σ_vn (Qᵀ Σ_s g)²: [h, r, 1] or [h, 1, q]."""
     added = [p.cotangent for p, use in zip(pairs, layer.uses, strict=True) if use.bias]
-    sums = [g.sum(-2, keepdim=True) for g in added]
+    total = _joined(added).sum(-2, keepdim=True)
     on_left = layer.bias_activations() == 1
-    total, vectors = sum(sums[1:], sums[0]), basis.left if on_left else basis.right
+    vectors = basis.left if on_left else basis.right
     turn = turned(total, vectors) if isinstance(vectors, Tensor) else total
     squares = turn.square().sum((0, 1))  # [h, 1, r]
     return squares.mT if on_left else squares
@@ -86,7 +86,7 @@ def _layer_sums(layer: Layer, pairs: Sequence[Pair], basis: Basis, joint_bias: b
         if not any(isinstance(a, OneHot) for a in activations):
             one = pairs[0].one
             if len(pairs) > 1:
-                activations, one = [with_ones(pair) for pair in pairs], None
+                activations, one = [with_ones(pair.activation, pair.one) for pair in pairs], None
             a = _joined([a for a in activations if isinstance(a, Tensor)])
             squares = _squares(a, g, own, other, one)
             return squares if role == 0 else squares.mT
@@ -102,7 +102,7 @@ def _rotated(pair: Pair, use: UseOf, basis: Basis) -> Pair:
     """Return activations and cotangents in the bases of their sides."""
     own, other = basis[use.activations], basis[1 - use.activations]
     g = turned(pair.cotangent, other) if isinstance(other, Tensor) else pair.cotangent
-    a = with_ones(pair)
+    a = with_ones(pair.activation, pair.one)
     if isinstance(own, Tensor):
         own = own.to(g.dtype)
         a = own[0][a.indices] if isinstance(a, OneHot) else turned(a, own)
@@ -203,10 +203,10 @@ def _materialised_squares(
     step = max(1, BLOCK_BYTES // max(1, vectors * h * r * q * like.element_size()))
     total = like.new_zeros((h, r, q))
     for start in range(0, n, step):
-        outers = []
-        for (a, g, _), use in zip(rotated, layer.uses, strict=True):
-            a, g = _take(a, start, step), g[start : start + step]
-            outers.append(Outer(a, g, param) if use.activations == 0 else Outer(g, a, param))
+        outers = [
+            outer((_take(a, start, step), g[start : start + step]), use, param)
+            for (a, g, _), use in zip(rotated, layer.uses, strict=True)
+        ]
         total = total + sum_of_outer(tuple(outers)).square().sum((0, 1))
     return total
 

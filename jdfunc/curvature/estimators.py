@@ -13,29 +13,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-
 from jdfunc import pytrees
-from jdfunc.curvature.basis import basis_of
+from jdfunc.checks import check_positive
+from jdfunc.curvature import steps
 from jdfunc.curvature.curvature import Curvature
 from jdfunc.curvature.damping import Damping, relative
-from jdfunc.curvature.eigen import looks
-from jdfunc.curvature.factors import Moments
-from jdfunc.curvature.finalize import (
-    kron_blocks,
-    normalised,
-    reexpressed,
-    spectral_blocks,
-    zero_blocks,
-)
 from jdfunc.curvature.fishers import Fisher, default_fisher
 from jdfunc.curvature.layout import Layout
-from jdfunc.curvature.passes import Counted, Precision, Setup, batch_sums
+from jdfunc.curvature.passes import Precision, Setup
 from jdfunc.curvature.sharing import Sharing, expand
-from jdfunc.curvature.state import Counters, State, init_state, zero_eigenvalues
+from jdfunc.curvature.state import State
 from jdfunc.curvature.terms import Likelihood
 from jdfunc.random import Key
+
+DEFAULT_PRECISION, DEFAULT_DAMPING = Precision(), relative(1e-3)
 
 
 class Update(Protocol):
@@ -81,10 +72,69 @@ def ekfac(
     basis_every: int | None = None,
     chunk_size: int | None = None,
     vector_chunk: int | None = None,
-    precision: Precision = Precision(),
-    damping: Damping = relative(1e-3),
+    precision: Precision = DEFAULT_PRECISION,
+    damping: Damping = DEFAULT_DAMPING,
 ) -> Estimator:
-    """Eigenvalue-corrected KFAC."""
+    """EKFAC: the eigenbasis of KFAC, with the eigenvalues that belong to it.
+
+    Each layer's block is approximated in the basis of its Kronecker factors,
+
+        F ≈ (Q_B ⊗ Q_A) diag(λ) (Q_B ⊗ Q_A)ᵀ,    λ = w Σ_v Σ_n (Q_Bᵀ G_vn Q_A)²,
+
+    with G_vn the gradient of example n's vector v: the best diagonal in that basis, no farther from
+    the exact block than KFAC, and of the same trace. Layers used at many positions, which KFAC
+    gets wrong by their number, gain most.
+
+    Args:
+        layout: from `curvature_layout`.
+        likelihood: `mse`, `cross_entropy`, `bce_with_logits`, `custom`; with its reduction.
+        fisher: `type2`, `monte_carlo(samples)`, `empirical` or `signed`; `type2` for outputs [b, C]
+            and `monte_carlo(1)` for sequences if None.
+        sharing: `expand` or `reduce`: what the factors are taken of. λ is exact for both.
+        joint_bias: whether a bias shares the block of its weight.
+        decay: None for sums over everything that streams by; or the decay of an exponential
+            average without bias. Numerators and divisors decay alike, so that batches of different
+            sizes count by their size.
+        basis_every: refresh the basis inside ``update`` every so many steps, in eager mode; None
+            leaves `Estimator.refresh` to the caller.
+        chunk_size: how many examples are captured at a time; what fits 32 MiB if None.
+        vector_chunk: how many vectors of them; each further chunk runs the model again.
+        precision: dtypes of factors, eigenvalues and eigendecompositions.
+        damping: of the finished curvature's inverse where none is given there.
+
+    Returns:
+        An `Estimator`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or ``fisher`` is `forward_only`, which has no
+            gradients to square.
+
+    Cost: a forward pass and V backward passes for the factors, the same again for the eigenvalues
+    (`build` keeps what it captured), and an eigendecomposition of each factor. V = 1 for
+    `monte_carlo(1)` and `empirical`, C − 1 for `type2` of C classes.
+
+    References:
+        George et al., Fast Approximate Natural Gradient Descent in a Kronecker-factored
+        Eigenbasis, 2018, arXiv:1806.03884. Martens and Grosse, Optimizing Neural Networks with
+        Kronecker-factored Approximate Curvature, 2015, arXiv:1503.05671.
+
+    Example:
+        >>> import torch
+        >>> from jdfunc import curvature as cv
+        >>> params, X, y = {"w": torch.zeros(3, 2)}, torch.eye(2), torch.tensor([0, 2])
+        >>> def apply(params, buffers, x):
+        ...     return torch.nn.functional.linear(x, params["w"])
+        >>> layout = cv.curvature_layout(apply, params, None, X)
+        >>> est = cv.ekfac(layout, likelihood=cv.cross_entropy())
+        >>> state = est.refresh(est.update(est.init(params), params, {}, (X, y)))
+        >>> curv = est.finalize(est.update_eigenvalues(state, params, {}, (X, y)))
+        >>> cv.trace(curv)
+        tensor(0.6667)
+    """
+    if fisher is not None and fisher.vectors is None:
+        raise ValueError(
+            "expected a Fisher with vectors, got forward_only: EKFAC squares gradients; use kfac"
+        )
     return _estimator(
         Setup(
             layout=layout,
@@ -113,10 +163,51 @@ def kfac(
     decay: float | None = None,
     chunk_size: int | None = None,
     vector_chunk: int | None = None,
-    precision: Precision = Precision(),
-    damping: Damping = relative(1e-3),
+    precision: Precision = DEFAULT_PRECISION,
+    damping: Damping = DEFAULT_DAMPING,
 ) -> Estimator:
-    """KFAC."""
+    """KFAC: a Kronecker product for each layer, F ≈ B ⊗ A.
+
+    A is the mean of activations' squares, B the sum of cotangents' squares times the factor w of
+    the reduction. Exact for one linear layer with squared error, for deep linear networks, and for
+    one example. Parameters that are no layer's weight have their exact block, or its diagonal.
+
+    Args:
+        layout: as for `ekfac`.
+        likelihood: as for `ekfac`.
+        fisher: as for `ekfac`; or `forward_only`, B = I without a backward pass.
+        sharing: `expand`: A = 1/(N s) Σ a aᵀ, B = w Σ g gᵀ over all positions; `reduce`: of the
+            mean activation and the summed cotangent of each example.
+        joint_bias: as for `ekfac`; a separate bias has the block B.
+        decay: as for `ekfac`.
+        chunk_size: as for `ekfac`.
+        vector_chunk: as for `ekfac`.
+        precision: as for `ekfac`.
+        damping: as for `ekfac`.
+
+    Returns:
+        An `Estimator`, whose ``refresh`` does nothing.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+
+    References:
+        Martens and Grosse, 2015, arXiv:1503.05671. Eschenhagen et al., Kronecker-Factored
+        Approximate Curvature for Modern Neural Network Architectures, 2023, arXiv:2311.00636.
+        Benzing, Gradient Descent on Neurons and its Link to Approximate Second-order Optimization,
+        2022, arXiv:2201.12250 (`forward_only`).
+
+    Example:
+        >>> import torch
+        >>> from jdfunc import curvature as cv
+        >>> X, params = torch.tensor([[1.0, 2.0]]), {"w": torch.zeros(2, 1)}
+        >>> layout = cv.curvature_layout(lambda p, b, x: x @ p["w"], params, None, X)
+        >>> est = cv.kfac(layout, likelihood=cv.mse(reduction=cv.sum))
+        >>> curv = est.finalize(est.update(est.init(params), params, {}, (X, torch.zeros(1, 1))))
+        >>> cv.to_dense(curv).int()
+        tensor([[2, 4],
+                [4, 8]], dtype=torch.int32)
+    """
     return _estimator(
         Setup(
             layout=layout,
@@ -136,179 +227,21 @@ def kfac(
 
 
 def _estimator(setup: Setup) -> Estimator:
+    check_positive(
+        basis_every=setup.basis_every,
+        chunk_size=setup.chunk_size,
+        vector_chunk=setup.vector_chunk,
+    )
+    if setup.decay is not None and not 0 <= setup.decay < 1:
+        raise ValueError(f"expected decay in [0, 1), or None for plain sums, got {setup.decay}")
     return Estimator(
-        partial(_init, setup),
-        partial(_update, setup),
-        partial(_refresh, setup),
-        partial(_update_eigenvalues, setup),
-        partial(_finalize, setup),
+        partial(steps.init, setup),
+        partial(steps.update, setup),
+        partial(steps.refresh, setup),
+        partial(steps.update_eigenvalues, setup),
+        partial(steps.finalize, setup),
         setup,
     )
-
-
-def _init(setup: Setup, params: Any) -> State:
-    return init_state(
-        setup.layout,
-        params,
-        joint_bias=setup.joint_bias,
-        forward_only=setup.fisher.vectors is None,
-        expanded=setup.eigenvalues and setup.sharing.sums,
-        dtype=setup.precision.factors,
-    )
-
-
-def _update(
-    setup: Setup,
-    state: State,
-    params: Any,
-    buffers: Any,
-    batch: tuple[Any, Any],
-    key: Key | None = None,
-) -> State:
-    due = _refresh_is_due(setup, state)
-    averaged = setup.eigenvalues and bool(state.basis) and not due
-    sums = batch_sums(
-        setup,
-        params,
-        buffers,
-        batch,
-        key,
-        factors=True,
-        basis=state.basis if averaged else None,
-    )
-    state = state._replace(
-        step=state.step + 1,
-        factors=_added(setup, state.factors, sums.factors),
-        counters=_added(setup, state.counters, sums.counters),
-    )
-    if averaged:
-        return _with_eigenvalues(setup, state, sums)
-    if due:
-        return _update_eigenvalues(setup, _refresh(setup, state), params, buffers, batch, key)
-    return state
-
-
-def _update_eigenvalues(
-    setup: Setup,
-    state: State,
-    params: Any,
-    buffers: Any,
-    batch: tuple[Any, Any],
-    key: Key | None = None,
-) -> State:
-    if not setup.eigenvalues:
-        raise ValueError("expected an estimator with eigenvalues, ekfac, got kfac")
-    if not state.basis:
-        raise ValueError("expected a state with a basis, got one without: call refresh first")
-    sums = batch_sums(setup, params, buffers, batch, key, factors=False, basis=state.basis)
-    return _with_eigenvalues(setup, state, sums)
-
-
-def _with_eigenvalues(setup: Setup, state: State, sums: Counted) -> State:
-    return state._replace(
-        eigenvalues=_added(setup, state.eigenvalues, sums.eigenvalues),
-        eigen_counters=_added(setup, state.eigen_counters, sums.counters),
-    )
-
-
-def _added(setup: Setup, total: Any, sums: Any) -> Any:
-    """Σ ← decay Σ + new, for sums and for what divides them alike: an average without bias."""
-    decay = 1.0 if setup.decay is None else setup.decay
-    return pytrees.map(lambda old, new: decay * old + new.to(old.dtype), total, sums)
-
-
-def _refresh_is_due(setup: Setup, state: State) -> bool:
-    if setup.basis_every is None:
-        return False
-    if not looks(state.step):
-        raise ValueError(
-            "expected basis_every=None where the step is compiled or under torch.vmap, which cannot "
-            f"branch on the number of steps, got {setup.basis_every}; call refresh from outside"
-        )
-    return int(state.step) % setup.basis_every == 0
-
-
-def _refresh(setup: Setup, state: State) -> State:
-    if not setup.eigenvalues:
-        return state
-    factors, expanded = _divided(setup, state)
-    basis = basis_of(setup.layout, factors, expanded, setup.precision.eigh)
-    like = next(iter(pytrees.leaves(state.factors)))
-    zeros = zero_eigenvalues(setup.layout, basis, setup.joint_bias, like)
-    if setup.decay is None or not state.basis:
-        none = pytrees.map(torch.zeros_like, state.counters)
-        return state._replace(basis=basis, eigenvalues=zeros, eigen_counters=none)
-    carried = reexpressed(state.eigenvalues, state.basis, basis, setup.layout, setup.joint_bias)
-    return state._replace(basis=basis, eigenvalues=carried)
-
-
-def _divided(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the factors, divided; and those of every position on its own, where there are any."""
-    w = _weight(setup, state.counters, None)
-    only = setup.fisher.vectors is None
-    factors = normalised(setup.layout, state.factors, w, forward_only=only)
-    expanded = {
-        name: m._replace(roles=m.expanded)
-        for name, m in state.factors.items()
-        if isinstance(m, Moments) and m.expanded
-    }
-    divided = normalised(setup.layout, expanded, w, forward_only=only) if expanded else {}
-    return factors, divided
-
-
-def _weight(setup: Setup, counters: Counters, num_data: int | None) -> Tensor:
-    """Return what quadratic sums are multiplied by."""
-    batches = None if setup.decay is None else counters.batches
-    return setup.likelihood.reduction(counters.denominator, counters.examples, batches, num_data)
-
-
-def _finalize(setup: Setup, state: State, num_data: int | None = None) -> Curvature:
-    layout, joint = setup.layout, setup.joint_bias
-    like = next(iter(pytrees.leaves(state.factors)))
-    if setup.eigenvalues:
-        if not state.basis:
-            raise ValueError(
-                "expected eigenvalues, got a state without a basis: call refresh, and then "
-                "update_eigenvalues for every batch (or use build, which does both)"
-            )
-        w = _weight(setup, state.eigen_counters, num_data)
-        blocks = spectral_blocks(layout, state.basis, state.eigenvalues, w, joint)
-    else:
-        w = _weight(setup, state.counters, num_data)
-        only = setup.fisher.vectors is None
-        factors = normalised(layout, state.factors, w, forward_only=only)
-        blocks = kron_blocks(layout, factors, joint)
-    return Curvature(layout.blocks(joint), {**blocks, **zero_blocks(layout, like)}, setup.damping)
-
-
-def merge(first: State, second: State) -> State:
-    """Merge the states of two parts of the data, or of two workers: their sums add up.
-
-    Associative. Of an EKFAC either both states are without a basis, or both have the same one.
-
-    Args:
-        first: a state without decay.
-        second: another of the same estimator.
-
-    Returns:
-        The state of both.
-
-    Raises:
-        ValueError: the states are of different estimators, or have different bases.
-    """
-    if not pytrees.same_structure(first, second):
-        raise ValueError(
-            "expected two states of one estimator, both before or both after refresh, got states "
-            "of different structure"
-        )
-    bases = zip(pytrees.leaves(first.basis), pytrees.leaves(second.basis), strict=True)
-    if any(looks(a) and a is not b and not torch.equal(a, b) for a, b in bases):
-        raise ValueError(
-            "expected two states with the same basis, since eigenvalues belong to it: merge the "
-            "factors first, refresh once, and give every worker that state"
-        )
-    merged = pytrees.map(torch.add, first, second)
-    return merged._replace(basis=first.basis)
 
 
 def _fisher(layout: Layout, fisher: Fisher | None) -> Fisher:

@@ -109,7 +109,9 @@ def _role(
     flat = [layer.diagonal[side] for side in (role, 1 - role)]
     count = 0
     if first:
-        moments = [activation_moment(p, sizes[role], diagonal=flat[0]) for p in own]
+        moments = [
+            activation_moment(p.activation, p.one, sizes[role], diagonal=flat[0]) for p in own
+        ]
         a_factor = sum(moments[1:], moments[0])
         count = sum(_count(pair.activation) for pair in own)
     else:

@@ -147,7 +147,7 @@ class Layout(NamedTuple):
         return repr((self.names, self.layers, self.rests))
 
     def __str__(self) -> str:
-        lines = [("parameter", "shape", "rule", "block", "used by")]
+        lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "block", "used by")]
         for layer in self.layers:
             h, i, j = layer.matrix
             sides = [

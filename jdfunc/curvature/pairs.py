@@ -6,7 +6,7 @@ costs as much as a product here.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
     """
 
     activation: Side
-    cotangent: Tensor
+    cotangent: Any
     one: float | None
 
 
@@ -48,7 +48,8 @@ def pairs_of(
     for (activation, cotangent), use in zip(cap.uses, uses, strict=True):
         if use.param == layer.name:
             one = float(next(own).bias is not None) if joint else None
-            a, g = (wide(t, dtype) if isinstance(t, Tensor) else t for t in (activation, cotangent))
+            a = wide(activation, dtype) if isinstance(activation, Tensor) else activation
+            g = wide(cotangent, dtype) if isinstance(cotangent, Tensor) else cotangent
             pairs.append(Pair(a, g, one))
     return pairs
 
@@ -58,19 +59,18 @@ def wide(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32) if dtype is None else dtype)
 
 
-def with_ones(pair: Pair) -> Side:
-    """Return the activations with what stands behind them."""
-    if pair.one is None or isinstance(pair.activation, OneHot):
-        return pair.activation
-    return torch.cat([pair.activation, torch.full_like(pair.activation[..., :1], pair.one)], -1)
+def with_ones(side: Side, one: float | None) -> Side:
+    """Return activations with what stands behind them."""
+    if one is None or isinstance(side, OneHot):
+        return side
+    return torch.cat([side, torch.full_like(side[..., :1], one)], -1)
 
 
 # ------------------------------------------------------------------------------ second moments
 
 
-def activation_moment(pair: Pair, width: int, *, diagonal: bool) -> Tensor:
-    """Return Σ a aᵀ over all positions, [h, d, d], or its diagonal [h, d]."""
-    a, one = pair.activation, pair.one
+def activation_moment(a: Side, one: float | None, width: int, *, diagonal: bool) -> Tensor:
+    """Return Σ [a, one] [a, one]ᵀ over all positions, [h, d, d], or its diagonal [h, d]."""
     if isinstance(a, OneHot):
         return _frequencies(a.indices.flatten(), width, diagonal)
     moment = side_moment(a, diagonal=diagonal)

@@ -189,6 +189,9 @@ def batch_sums(
 
     Returns:
         The sums; empty dicts of what was not asked for.
+
+    Raises:
+        ValueError: the batch is empty.
     """
     total: Counted | None = None
     for chunk in chunks(setup, params, buffers, batch, key):

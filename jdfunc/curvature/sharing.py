@@ -29,7 +29,7 @@ class Sharing(NamedTuple):
 def _reduced(pairs: list[Pair]) -> list[Pair]:
     sums = [p.cotangent.sum(-2, keepdim=True) for p in pairs if isinstance(p.cotangent, Tensor)]
     cotangent = sum(sums[1:], sums[0]) if sums else pairs[0].cotangent
-    sides = [with_ones(pair) for pair in pairs]
+    sides = [with_ones(pair.activation, pair.one) for pair in pairs]
     tensors = [side for side in sides if isinstance(side, Tensor)]
     if not tensors:  # frequencies, whatever the sharing
         silent = [pair._replace(cotangent=pair.cotangent[..., :0, :]) for pair in pairs[1:]]

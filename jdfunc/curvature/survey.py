@@ -1,4 +1,4 @@
-"""The survey that makes a layout: one run on an example batch, and an account of every parameter."""
+"""The survey that makes a layout: one run on examples, and an account of every parameter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jdfunc import pytrees, random
 from jdfunc.checks import check_buffers, check_positive
-from jdfunc.curvature.capture import ApplyFn, Captured, UseOf, bound, captured
+from jdfunc.curvature.capture import ApplyFn, Captured, UseOf, bound, captured, outer
 from jdfunc.curvature.layout import (
     Layer,
     Layout,
@@ -22,7 +22,7 @@ from jdfunc.curvature.layout import (
 )
 from jdfunc.examples import num_examples
 from jdfunc.factored import leaves as factored
-from jdfunc.factored.leaves import OneHot, Outer, Side
+from jdfunc.factored.leaves import OneHot, Side
 from jdfunc.types import Buffers, Params
 
 Named = dict[str, Tensor]
@@ -157,8 +157,7 @@ def _checked_outputs(
             got = got + cap.rows[name].sum((0, 1))
         for pair, use in zip(cap.uses, uses, strict=True):
             if use.param == name:
-                left, right = pair if use.activations == 0 else pair[::-1]
-                rows = Outer(left, right, want)
+                rows = outer(pair, use, want)
                 got = got + factored.combine(rows, want.new_ones(factored.rows_shape(rows)))
         error = float((got - want).abs().max()) if want.numel() else 0.0
         if not error <= 10 * torch.finfo(want.dtype).eps ** 0.5 * scale:
@@ -246,11 +245,12 @@ def _rests(
     groups: dict[tuple[str, ...], tuple[ParamRule, str]] = {}
     together: dict[str, list[str]] = {}
     for name in others:
-        rule = rules.get(name, full_block)
-        if rule is excluded or name not in used:
-            no_rule = excluded if rule is excluded else unused
-            groups[(name,)] = (no_rule, "" if rule is excluded else "nothing")
-        elif rule is diagonal or named[name].numel() > dense_max and rule is not full_block or name not in rules and named[name].numel() > dense_max:
+        rule = rules.get(name, kron)
+        if rule is excluded:
+            groups[(name,)] = (excluded, "")
+        elif name not in used:
+            groups[(name,)] = (unused, "nothing")
+        elif rule is diagonal or (rule is kron and named[name].numel() > dense_max):
             groups[(name,)] = (diagonal, "its own gradients")
         else:
             together.setdefault(name.rpartition(".")[0], []).append(name)

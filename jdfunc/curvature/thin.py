@@ -14,9 +14,9 @@ from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.eigen import eigh, eigh_all
 from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer
-from jdfunc.curvature.pairs import Pair, activation_moment, pairs_of, second_moment, with_ones
+from jdfunc.curvature.pairs import activation_moment, pairs_of, second_moment, with_ones
 from jdfunc.curvature.passes import Chunk, Setup
-from jdfunc.factored.leaves import OneHot, Side, positions, row_axes, stacked
+from jdfunc.factored.leaves import Side, positions, row_axes, stacked
 
 
 def thin_basis(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,13 +59,12 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
             parts = _sides(setup, layer, chunks, activations=role)
             number = sum(math.prod(row_axes(p)) * positions(p) for p, _ in parts)
             name, width = f"{layer.name}, {place}", sizes[side]
-            if number < width and not any(isinstance(p, OneHot) for p, _ in parts):
-                full = [with_ones(Pair(p, p, one)) for p, one in parts]
-                thin[name] = thin_basis(torch.cat([stacked(x) for x in full], 1), dtype)
+            sides = [with_ones(p, one) for p, one in parts] if number < width else []
+            few = [stacked(side) for side in sides if isinstance(side, Tensor)]
+            if few and len(few) == len(sides):
+                thin[name] = thin_basis(torch.cat(few, 1), dtype)
             else:
-                found = [
-                    activation_moment(Pair(p, p, one), width, diagonal=False) for p, one in parts
-                ]
+                found = [activation_moment(p, one, width, diagonal=False) for p, one in parts]
                 moments[name] = sum(found[1:], found[0])
     for rest in setup.layout.rests:
         if rest.rule.covered and rest.rule.full:
