@@ -127,6 +127,25 @@ def test_blocks_of_rows_are_bounded() -> None:
         assert len(leaves) == -(-16 // columns)
 
 
+@pytest.mark.parametrize("first", ["bias", "table"])
+@pytest.mark.parametrize("rule", [exact(0.1), plain(0.1, 0.3)])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_one_hot_vectors_beside_a_joined_part(first: str, rule: Any, diagonal: bool) -> None:
+    """Rows of an embedding above or below those of another parameter: indices move."""
+    parts = {"bias": ((3,), (1, 1, 3)), "table": ((5, 3), (1, 5, 3))}
+    order = sorted(parts, reverse=first == "table")
+    shapes, matrices = zip(*(parts[name] for name in order), strict=True)
+    block = Block(tuple(order), shapes, matrices, -2, 0)
+    left = torch.rand(1, 6, dtype=F64) if diagonal else synthetic.spd(6)[None]
+    curv = Curvature((block,), {first: Factors(left, synthetic.spd(3)[None])}, rule)
+    onehot = OneHot(torch.randint(0, 5, (4, 1, 2)))  # pyright: ignore
+    rows = {"bias": randn(4, 3), "table": Outer(onehot, randn(4, 1, 2, 3), randn(5, 3))}
+    dense = dense_rows(rows)
+    J = torch.cat([dense[name].reshape(4, -1) for name in order], 1)
+    M = to_dense(inverse(curv))
+    close(metric_gramian(curv, rows), J @ M @ J.T, TOLERANCE)
+
+
 # --- thin bases -------------------------------------------------------------------------------
 
 
