@@ -12,7 +12,7 @@ from jdfunc import pytrees, random
 from jdfunc.checks import check_buffers
 from jdfunc.curvature.curvature import Curvature
 from jdfunc.curvature.estimators import Estimator
-from jdfunc.curvature.passes import Chunk, Setup, chunks, reduced
+from jdfunc.curvature.passes import Chunk, Counted, Setup, chunks, reduced
 from jdfunc.curvature.state import State
 from jdfunc.curvature.thin import spanned_basis
 from jdfunc.random import Key
@@ -140,10 +140,12 @@ def _from_cache(est: Estimator, state: State, cache: list[Chunk]) -> State:
         state = est.refresh(_nonempty(_with_factors(setup, state, cache)))
     else:
         state = state._replace(basis=spanned_basis(setup, cache))
-    sums = [reduced(setup, chunk, factors=False, basis=state.basis) for chunk in cache]
-    if not sums:
+    total: Counted | None = None
+    for chunk in cache:
+        sums = reduced(setup, chunk, factors=False, basis=state.basis)
+        total = sums if total is None else pytrees.map(torch.add, total, sums)
+    if total is None:
         return _nonempty(state)
-    total = pytrees.map(lambda *parts: sum(parts[1:], parts[0]), *sums)
     return state._replace(
         eigenvalues=total.eigenvalues, counters=total.counters, eigen_counters=total.counters
     )

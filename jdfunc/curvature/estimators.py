@@ -204,9 +204,9 @@ def kfac(
         >>> layout = cv.curvature_layout(lambda p, b, x: x @ p["w"], params, None, X)
         >>> est = cv.kfac(layout, likelihood=cv.mse(reduction=cv.sum))
         >>> curv = est.finalize(est.update(est.init(params), params, {}, (X, torch.zeros(1, 1))))
-        >>> cv.to_dense(curv).int()
-        tensor([[2, 4],
-                [4, 8]], dtype=torch.int32)
+        >>> cv.to_dense(curv).round()
+        tensor([[2., 4.],
+                [4., 8.]])
     """
     return _estimator(
         Setup(
