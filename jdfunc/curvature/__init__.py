@@ -27,13 +27,14 @@ from jdfunc.curvature.metric import influence, laplace_variance, metric_gramian,
 from jdfunc.curvature.operators import apply, diag, inverse, matvec, power, sample, solve, to_dense
 from jdfunc.curvature.passes import Precision
 from jdfunc.curvature.powers import Power
+from jdfunc.curvature.saving import load_state_dict, state_dict
 from jdfunc.curvature.scalars import det, eigenvalues, frobenius_norm, logdet, trace
 from jdfunc.curvature.sharing import Sharing, expand, reduce
 from jdfunc.curvature.softmax import cross_entropy
 from jdfunc.curvature.state import State
 from jdfunc.curvature.steps import merge
 from jdfunc.curvature.survey import curvature_layout
-from jdfunc.curvature.targets import Weighted
+from jdfunc.curvature.targets import Labelled, Weighted
 from jdfunc.curvature.terms import Likelihood
 from jdfunc.curvature.terms import mean_reduction as mean
 from jdfunc.curvature.terms import sum_reduction as sum
@@ -46,6 +47,7 @@ __all__ = [
     "Estimator",
     "Factors",
     "Fisher",
+    "Labelled",
     "Layout",
     "Likelihood",
     "Power",
@@ -80,6 +82,7 @@ __all__ = [
     "kfac",
     "kron",
     "laplace_variance",
+    "load_state_dict",
     "logdet",
     "matmat",
     "matvec",
@@ -98,6 +101,7 @@ __all__ = [
     "sample",
     "signed",
     "solve",
+    "state_dict",
     "sum",
     "to_dense",
     "trace",

@@ -66,9 +66,20 @@ def norm(tap: Tap, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tenso
     return tap.call(func, input.to(wide), *args, **kwargs).to(input.dtype)
 
 
+def prelu(tap: Tap, func: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """Rule of `F.prelu`: where and a product, as its backward knows one level of vmap only."""
+    tap.note(func, (weight,), {})
+    if input.ndim > 1 and weight.ndim == 1:
+        weight = weight.reshape(-1, *(1,) * (input.ndim - 2))
+    return torch.where(input > 0, input, weight * input)
+
+
 CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 #: For many losses at once.
-VMAP_RULES: dict[Any, Rule] = dict.fromkeys([F.layer_norm, F.group_norm], norm)
+VMAP_RULES: dict[Any, Rule] = {
+    **dict.fromkeys([F.layer_norm, F.group_norm], norm),
+    **dict.fromkeys([torch.prelu, Tensor.prelu], prelu),
+}
 
 #: For one example at a time.
 RULES: dict[Any, Rule] = {
