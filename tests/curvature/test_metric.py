@@ -114,6 +114,18 @@ def test_rows_of_products_stay_factored(rule: str) -> None:
     assert isinstance(held["embedding"].left, OneHot)  # a diagonal factor
 
 
+def test_rows_of_an_unused_weight_are_not_materialised() -> None:
+    """`structured` gives a sum over no positions, of whatever shape."""
+    case, rows = curvature("kfac"), factored_rows(3)
+    weight = params_tree()["linear"]["weight"]
+    rows["linear"]["weight"] = Outer(randn(3, 1, 0, 12), randn(3, 1, 0, 1), weight)
+    leaves = [leaf for (leaf,) in inverse(case.curv, plain(0.1)).whitened(rows)]
+    held = leaves[[block.name for block in LAYOUT].index("linear.weight")]
+    assert held.right.shape == (3, 1, 1, 5)  # that of the bias alone
+    J, M = flat(dense_rows(rows)), damped_inverse(case, plain(0.1))
+    close(metric_gramian(case.curv, rows, damping=plain(0.1)), J @ M @ J.T, TOLERANCE)
+
+
 def test_blocks_of_rows_are_bounded() -> None:
     """Rotated rows are materialised some columns at a time."""
     block = Block(("w",), ((8, 16),), ((1, 8, 16),), activations=1)
