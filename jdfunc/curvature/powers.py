@@ -159,7 +159,7 @@ def diagonalised(
     found = eigh_all(matrices)
 
     def of_side(name: str, where: str, side: Tensor) -> tuple[Tensor, Tensor | None]:
-        return found[f"{name} ({where})"] if side.ndim == 3 else (side.clamp(min=0), None)
+        return found[f"{name} ({where})"] if side.ndim == 3 else (side, None)
 
     spectra: dict[str, Spectrum] = {}
     for name, held in wide.items():

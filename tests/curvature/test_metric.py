@@ -126,6 +126,28 @@ def test_rows_of_an_unused_weight_are_not_materialised() -> None:
     close(metric_gramian(case.curv, rows, damping=plain(0.1)), J @ M @ J.T, TOLERANCE)
 
 
+def test_autocast_rounds_nothing() -> None:
+    case = curvature("known")
+    blocks = pytrees.map(lambda leaf: leaf.float(), dict(case.curv.blocks))
+    metric = inverse(case.curv._replace(blocks=blocks))
+    rows = pytrees.map(lambda leaf: leaf.float(), columns_tree(3))
+    G, norms = metric.gram(rows), metric.squared_norms(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(metric.gram(rows), G)
+        assert torch.equal(metric.squared_norms(rows), norms)
+
+
+def test_gram_leaves_rows_to_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`jdfunc.gram` materialises rows for a metric that is a function alone, not for this one."""
+    case, rows = curvature("kfac"), factored_rows(3)
+    metric = inverse(case.curv, plain(0.1))
+    wanted = metric.gram(rows)
+    close(algebra.gram(rows, metric=lambda tree: metric(tree)), wanted, TOLERANCE)
+    monkeypatch.delattr(algebra, "to_dense")
+    assert torch.equal(algebra.gram(rows, metric=metric), wanted)
+    assert torch.equal(algebra.gram(rows, metric=case.curv), case.curv.gram(rows))
+
+
 def test_blocks_of_rows_are_bounded() -> None:
     """Rotated rows are materialised some columns at a time."""
     block = Block(("w",), ((8, 16),), ((1, 8, 16),), activations=1)
