@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from jdfunc import pytrees
 from jdfunc.checks import check_buffers, check_model
 from jdfunc.examples import for_each_example, losses_function, num_examples, select
-from jdfunc.taps.rules import ONE_EXAMPLE_RULES, VMAP_RULES
+from jdfunc.taps.rules import ONE_EXAMPLE_RULES, RECURRENT_RULES, VMAP_RULES
 from jdfunc.taps.tap import Rule, Tap
 from jdfunc.types import Batch, Buffers, Linearization, ModelFn, Params
 
@@ -195,8 +195,8 @@ def _runs(
     def tapped(params: Params, batch: Batch, by_example: bool) -> Tensor:
         run, _ = losses_function(model_fn, buffers, has_aux=has_aux, by_example=by_example)
         named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
-        vmap_rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES} if by_example else {}
-        tap = Tap(named, {**vmap_rules, **without_dropout})
+        rules = {**VMAP_RULES, **ONE_EXAMPLE_RULES} if by_example else RECURRENT_RULES
+        tap = Tap(named, {**rules, **without_dropout})
         with nullcontext() if by_example else seen, tap:
             return run(params, batch)[0]
 

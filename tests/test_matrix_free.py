@@ -262,15 +262,16 @@ def test_aux_purity_and_ensembles(name: str, batch_dim: Any) -> None:
     oracles.assert_untouched((t.params, t.buffers, t.batch), before)
     assert torch.equal(torch.get_rng_state(), state)
 
-    if name in ("gru", "batch_norm_train"):  # torch cannot map these over params
-        return
-
-    def one(params: Any) -> Any:
-        member = matrix_free(with_aux, params, t.batch, **options)
+    def one(params: Any, buffers: Any) -> Any:
+        member = matrix_free(with_aux, params, t.batch, **{**options, "buffers": buffers})
         return member.gram(), member.combine(t.weights)
 
     stacked = pytree.tree_map(lambda p: torch.stack([p, p + 0.1 * p.sin()]), t.params)
-    gramians, combined = torch.vmap(one)(stacked)
+    if name == "batch_norm_train":  # each member has statistics of its own, or torch refuses
+        with pytest.raises(RuntimeError, match="not batched"):
+            torch.vmap(one, in_dims=(0, None))(stacked, t.buffers)
+    buffers = pytree.tree_map(lambda b: torch.stack([b, b]), t.buffers)
+    gramians, combined = torch.vmap(one)(stacked, buffers)
     for i in range(2):
         member, direction = (
             pytree.tree_map(lambda v, i=i: v[i], tree) for tree in (stacked, combined)

@@ -267,7 +267,7 @@ def test_what_reverse_mode_takes_for_constant() -> None:
             oracles.assert_close(sketched(4, 0)(fn, params, BATCH).gram(), wanted)
 
 
-SUBJECTS = named("mlp", "cnn", "batch_norm_train", "inplace", "gpt_tied", "losses_grid")
+SUBJECTS = named("mlp", "cnn", "batch_norm_train", "inplace", "gpt_tied", "losses_grid", "gru")
 
 
 @over(SUBJECTS)
@@ -286,15 +286,14 @@ def test_aux_purity_and_ensembles(name: str, batch_dim: Any) -> None:
     oracles.assert_close(lin.combine(t.weights), t.combined)
     oracles.assert_untouched((t.params, t.buffers, t.batch), before)
     assert torch.equal(torch.get_rng_state(), state)
-    if name == "batch_norm_train":  # torch cannot map it over params
-        return
 
-    def one(params: Any, key: Tensor) -> Any:
-        member = sketched(4, key)(with_aux, params, t.batch, **options)
+    def one(params: Any, buffers: Any, key: Tensor) -> Any:
+        member = sketched(4, key)(with_aux, params, t.batch, **{**options, "buffers": buffers})
         return member.gram(), member.combine(t.weights)
 
     stacked = pytree.tree_map(lambda p: torch.stack([p, p + 0.1 * p.sin()]), t.params)
-    gramians, combined = torch.vmap(one)(stacked, torch.tensor([3, 4]))
+    buffers = pytree.tree_map(lambda b: torch.stack([b, b]), t.buffers)
+    gramians, combined = torch.vmap(one)(stacked, buffers, torch.tensor([3, 4]))
     for i in range(2):
         member, direction = (
             pytree.tree_map(lambda v, i=i: v[i], tree) for tree in (stacked, combined)

@@ -28,7 +28,7 @@ from jdfunc.linearizations.bound import (
     wide_dtype,
 )
 from jdfunc.linearizations.linearized import begun, detached, tracked
-from jdfunc.taps.rules import VMAP_RULES
+from jdfunc.taps.rules import RECURRENT_RULES, VMAP_RULES
 from jdfunc.taps.tap import Tap
 from jdfunc.types import Batch, Buffers, Linearization, Linearize, Metric, ModelFn, Params
 
@@ -121,7 +121,10 @@ def sketched(rank: int, key: jdrandom.Key, *, chunk_size: int = 1) -> Linearize:
                 batch_dim,
                 has_aux=has_aux,
                 differentiable=differentiable,
-                rules=dict.fromkeys((F.embedding, F.embedding_bag), _derived_embedding),
+                rules={
+                    **dict.fromkeys((F.embedding, F.embedding_bag), _derived_embedding),
+                    **RECURRENT_RULES,
+                },
                 around=partial(_as_in_reverse, differentiable) if eager else nullcontext,
             )
             return _linearization(model, keys, chunk_size)

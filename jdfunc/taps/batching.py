@@ -54,7 +54,12 @@ def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
     if not packed:  # a packed sequence comes as (data, batch_sizes, hx, params, ...)
         zero = torch.zeros_like(input).sum()
         hx = hx + zero if isinstance(hx, Tensor) else [h + zero for h in hx]
-    return tap.call(func, input, hx, *args)
+    # Below a transform of nothing the kernels are taken apart, as vmap needs them.
+    nothing = torch.zeros((), device=input.device)
+    below: Any = torch.func.vjp(
+        lambda x: (x, tap.call(func, input, hx, *args)), nothing, has_aux=True
+    )
+    return below[2]
 
 
 def norm(tap: Tap, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,9 +86,13 @@ VMAP_RULES: dict[Any, Rule] = {
     **dict.fromkeys([torch.prelu, Tensor.prelu], prelu),
 }
 
+RECURRENT_RULES: dict[Any, Rule] = dict.fromkeys(
+    [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, *CELLS], recurrent
+)
+
 #: For one example at a time.
 RULES: dict[Any, Rule] = {
     F.batch_norm: batch_norm,
     F.embedding: scaled_embedding,
-    **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, *CELLS], recurrent),
+    **RECURRENT_RULES,
 }

@@ -22,5 +22,8 @@ RULES: dict[Any, Rule] = {
     **VMAP_RULES,
 }
 
+#: What recurrent kernels need under an outer `torch.vmap`.
+RECURRENT_RULES: dict[Any, Rule] = batching.RECURRENT_RULES
+
 #: What a model also needs to be run for one example at a time.
 ONE_EXAMPLE_RULES: dict[Any, Rule] = {**batching.RULES, **open_sizes.RULES}

@@ -131,6 +131,28 @@ def test_batches_of_data(linearize: str) -> None:
             oracles.assert_close(at(grads, k), step(found.params, batch)[1], tolerance=1e-9)
 
 
+@linearizations
+@pytest.mark.parametrize("kernel", [torch.nn.GRU, torch.nn.LSTM, torch.nn.RNN])
+def test_recurrent_kernels(kernel: Any, linearize: str) -> None:
+    """Taken apart in every run, in that of the guard as well, since torch cannot map them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = kernel(3, 2, batch_first=True).double()
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    x, members = torch.linspace(-1, 1, 36, dtype=F64).reshape(4, 3, 3), stacked(params)
+
+    def model_fn(p: Any, b: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, p, (x,))[0].square().sum((1, 2))
+
+    for batch_dim in (None, 0):
+        run = partial(
+            jd.jd_step, model_fn, batch=x, batch_dim=batch_dim, linearize=LINEARIZE[linearize]
+        )
+        grads = torch.vmap(run)(members)
+        for k in range(3):
+            oracles.assert_close(at(grads, k), run(at(members, k)), tolerance=1e-9)
+
+
 @pytest.mark.parametrize("weighting", [jd.moco(), jd.ema(jd.upgrad, 0.5)])
 def test_states_of_an_ensemble(weighting: Any) -> None:
     """Stateful weightings carry one state for each member."""
