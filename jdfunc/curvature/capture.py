@@ -34,12 +34,14 @@ class UseOf(NamedTuple):
         activations: the side of the activations, 0 for the left and 1 for the right.
         bias: the parameter that is added to its output.
         function: the function that used it.
+        padded: how many cotangents before and after are zero, where it took a part.
     """
 
     param: str
     activations: int
     bias: str | None
     function: str
+    padded: tuple[int, int] = (0, 0)
 
 
 class Captured(NamedTuple):
@@ -209,7 +211,8 @@ def _rows_axis(side: Side) -> Side:
 
 
 def _use_of(use: Use) -> UseOf:
-    return UseOf(use.name, 0 if use.activations_first else 1, use.bias, use.function)
+    side = 0 if use.activations_first else 1
+    return UseOf(use.name, side, use.bias, use.function, use.padded)
 
 
 def outer(pair: tuple[Side, Any], use: UseOf, param: Tensor) -> Outer:

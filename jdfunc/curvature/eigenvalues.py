@@ -63,7 +63,7 @@ def eigenvalue_sums(
 
 def _bias_sums(layer: Layer, pairs: Sequence[Pair], basis: Basis) -> Tensor:
     """Return λ of a bias alone, Σ_vn (Qᵀ Σ_s g)²: [h, r, 1] or [h, 1, q]."""
-    added = [p.cotangent for p, use in zip(pairs, layer.uses, strict=True) if use.bias]
+    added = [p.cotangent for p, added in zip(pairs, layer.biased, strict=True) if added]
     total = _joined(added).sum(-2, keepdim=True)
     on_left = layer.bias_activations() == 1
     vectors = basis.left if on_left else basis.right
@@ -205,7 +205,7 @@ def _materialised_squares(
     for start in range(0, n, step):
         outers = [
             outer((_take(a, start, step), g[start : start + step]), use, param)
-            for (a, g, _), use in zip(rotated, layer.uses, strict=True)
+            for (a, g, *_), use in zip(rotated, layer.uses, strict=True)
         ]
         total = total + sum_of_outer(tuple(outers)).square().sum((0, 1))
     return total

@@ -26,7 +26,7 @@ from jdfunc.curvature.pairs import (
     wide,
 )
 from jdfunc.curvature.sharing import Sharing, expand
-from jdfunc.factored.leaves import OneHot, Side, positions
+from jdfunc.factored.leaves import OneHot, positions
 
 
 class Moments(NamedTuple):
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
     Attributes:
         roles: the two factors, for each side on which activations stand.
-        positions: how many vectors each role's factor of the activations is a sum over.
+        positions: how many vectors each role's factor of the activations is a sum over, [h].
         expanded: the same with every position on its own, where sharing sums positions.
     """
 
@@ -103,17 +103,16 @@ def _role(
     first: bool,
 ) -> tuple[Factors, Tensor]:
     """Return the factors of the uses whose activations stand on one side, and their count."""
-    own = [pair for pair, use in zip(pairs, layer.uses, strict=True) if use.activations == role]
-    own = sharing.pairs(own)
+    own = sharing.pairs([p for p, side in zip(pairs, layer.sides, strict=True) if side == role])
     h, *sizes = layer.block(joint_bias).shape
     flat = [layer.diagonal[side] for side in (role, 1 - role)]
-    count = 0
+    count = [0] * h
     if first:
         moments = [
             activation_moment(p.activation, p.one, sizes[role], diagonal=flat[0]) for p in own
         ]
         a_factor = sum(moments[1:], moments[0])
-        count = sum(_count(pair.activation) for pair in own)
+        count = [sum(counts) for counts in zip(*(_counts(pair, h) for pair in own), strict=True)]
     else:
         shape = (h, sizes[role]) if flat[0] else (h, sizes[role], sizes[role])
         a_factor = own[0].cotangent.new_zeros(shape)
@@ -122,11 +121,13 @@ def _role(
         b_factor = sum(moments[1:], moments[0])
     else:  # no backward pass: B is the identity
         b_factor = a_factor.new_ones((h, sizes[1 - role]))
-    number = torch.full((), float(count), dtype=torch.float64, device=a_factor.device)
+    number = torch.tensor(count, dtype=torch.float64, device=a_factor.device)
     return (Factors(a_factor, b_factor) if role == 0 else Factors(b_factor, a_factor)), number
 
 
-def _count(side: Side) -> int:
-    """Return over how many examples and positions a side goes."""
+def _counts(pair: Pair, groups: int) -> list[int]:
+    """Return over how many examples and positions activations go, by group."""
+    side = pair.activation
     examples = (side.indices if isinstance(side, OneHot) else side).shape[0]
-    return examples * positions(side)
+    lengths = (positions(side),) * groups if pair.lengths is None else pair.lengths
+    return [examples * length for length in lengths]

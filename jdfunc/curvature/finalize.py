@@ -46,6 +46,7 @@ def _divided(factors: Factors, role: int, count: Tensor, w: Tensor, forward_only
     """A / positions, and w B or the identity."""
     scale = torch.where(count > 0, 1 / torch.where(count > 0, count, 1), 0)
     sides = [factors.left, factors.right]
+    scale = scale.reshape(-1, *(1,) * (sides[role].ndim - 1))
     sides[role] = sides[role] * scale.to(sides[role].dtype)
     other = sides[1 - role]
     sides[1 - role] = torch.ones_like(other) if forward_only else other * w.to(other.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jdfunc.curvature.targets import holds_labels
 from jdfunc.curvature.terms import Likelihood, draws
 from jdfunc.random import Key, uniform
 
@@ -35,9 +36,11 @@ class Fisher(NamedTuple):
         vectors: ``(likelihood, f, y, key) -> v [V, b, *terms, C]``, constants whatever f depends
             on, for outputs f [b, *terms, C] and targets y. Kinds that draw nothing do not read the
             key. None: nothing is pulled back, see `forward_only`.
+        draws: ``(targets) -> bool``, whether vectors for such targets are random, and need a key.
     """
 
     vectors: Callable[[Likelihood, Tensor, Any, Any], Tensor] | None
+    draws: Callable[[Any], bool] = lambda targets: False
 
 
 def type2() -> Fisher:
@@ -98,7 +101,7 @@ def monte_carlo(samples: int = 1) -> Fisher:
         labels = likelihood.sample(f, y, key, samples)
         return likelihood.sampled_gradient(f, y, labels) / math.sqrt(samples)
 
-    return Fisher(vectors)
+    return Fisher(vectors, lambda targets: not holds_labels(targets))
 
 
 def empirical() -> Fisher:
@@ -156,7 +159,7 @@ def signed() -> Fisher:
         heads = draws(uniform, key, f, (*root.shape[:-1], 1)) < 0.5
         return torch.where(heads, root, -root)
 
-    return Fisher(vectors)
+    return Fisher(vectors, lambda targets: True)
 
 
 def default_fisher(ndim: int) -> Fisher:
@@ -166,10 +169,10 @@ def default_fisher(ndim: int) -> Fisher:
         ndim: how many axes the outputs [b, *terms, C] have.
 
     Returns:
-        `type2` without term axes, `monte_carlo` with one sample with them.
+        `type2` without term axes, outputs [b] included; `monte_carlo` with one sample with them.
 
     Example:
         >>> default_fisher(2).vectors is not None
         True
     """
-    return type2() if ndim == 2 else monte_carlo()
+    return type2() if ndim <= 2 else monte_carlo()

@@ -41,6 +41,8 @@ class Layer(NamedTuple):
         bias_shape: its shape.
         uses: its uses, in the order of the model's calls.
         diagonal: which sides are diagonal: one-hot vectors, and sides that are too wide.
+        sliced: whether each use took a part of the parameter, as the projections of attention with
+            different inputs do; the parts are groups then.
     """
 
     name: str
@@ -50,11 +52,22 @@ class Layer(NamedTuple):
     bias_shape: Shape
     uses: tuple[UseOf, ...]
     diagonal: tuple[bool, bool]
+    sliced: bool = False
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The side on which activations stand, for each pair of activations and cotangents."""
+        return (1,) if self.sliced else tuple(use.activations for use in self.uses)
+
+    @property
+    def biased(self) -> tuple[bool, ...]:
+        """Whether the bias was added, for each pair."""
+        return (self.bias is not None,) if self.sliced else tuple(bool(u.bias) for u in self.uses)
 
     @property
     def roles(self) -> tuple[int, ...]:
         """The sides on which activations stand: one, or both for a tied embedding and head."""
-        return tuple(sorted({use.activations for use in self.uses}))
+        return tuple(sorted(set(self.sides)))
 
     def block(self, joint_bias: bool) -> Block:
         """The block of the weight, with its bias if they are joint."""

@@ -29,11 +29,13 @@ class Pair(NamedTuple):
         cotangent: [n, V, h, s, e]; () if nothing was pulled back.
         one: what stands behind every activation for a joint bias, 1, or 0 for a use of a tied
             weight without the bias; None if nothing does.
+        lengths: how many of the positions are there, by group; all of them if None.
     """
 
     activation: Side
     cotangent: Any
     one: float | None
+    lengths: tuple[int, ...] | None = None
 
 
 def pairs_of(
@@ -51,7 +53,23 @@ def pairs_of(
             a = wide(activation, dtype) if isinstance(activation, Tensor) else activation
             g = wide(cotangent, dtype) if isinstance(cotangent, Tensor) else cotangent
             pairs.append(Pair(a, g, one))
-    return pairs
+    return [_grouped(layer, pairs)] if layer.sliced else pairs
+
+
+def _grouped(layer: Layer, pairs: list[Pair]) -> Pair:
+    """Join uses of parts of a parameter as groups; shorter ones have zeros behind them."""
+    starts, e = [use.padded[0] for use in layer.uses], layer.matrix[1]
+    order = sorted(range(len(pairs)), key=lambda k: starts[k])
+    sides = [with_ones(pairs[k].activation, pairs[k].one) for k in order]
+    dense = [side for side in sides if isinstance(side, Tensor)]  # all: none is an embedding
+    lengths = tuple(side.shape[-2] for side in dense)
+    fill = [(0, 0, 0, max(lengths) - s) for s in lengths]
+    a = torch.cat([F.pad(side, pad) for side, pad in zip(dense, fill, strict=True)], 2)
+    if not isinstance(pairs[0].cotangent, Tensor):
+        return Pair(a, (), None, lengths)
+    parts = [pairs[k].cotangent[..., starts[k] : starts[k] + e] for k in order]
+    g = torch.cat([F.pad(part, pad) for part, pad in zip(parts, fill, strict=True)], 2)
+    return Pair(a, g, None, lengths)
 
 
 def wide(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

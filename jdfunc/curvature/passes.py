@@ -85,11 +85,17 @@ def chunks(
 
     Yields:
         What was captured.
+
+    Raises:
+        ValueError: the batch is empty, or vectors are to be drawn without a key.
+        TypeError: the batch is no pair.
     """
     layout, fisher = setup.layout, setup.fisher
-    inputs, targets = batch
-    n = num_examples(inputs, layout.batch_dim)
-    keys = random.bits(0 if key is None else key, n)
+    inputs, targets = _pair(batch)
+    n = num_examples((inputs, targets), (layout.batch_dim, 0))
+    if n == 0:
+        raise ValueError("expected a batch of at least one example, got an empty one")
+    keys = random.bits(_key_of(fisher, targets, key), n)
     keys = keys.to(pytrees.leaves(params)[0].device)
     whole, dims = (inputs, targets, keys), (layout.batch_dim, 0, 0)
     run = activations if fisher.vectors is None else captured
@@ -113,6 +119,31 @@ def chunks(
             )
             yield Chunk(cap, uses, k == 0)
             k += width
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or pytrees.holds_none(batch[1]):
+        kinds = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(
+            "expected a batch (inputs, targets), where targets are tensors with an example axis in "
+            f"front, got {type(batch).__name__} {kinds}".rstrip()
+        )
+    return batch[0], batch[1]
+
+
+def _key_of(fisher: Fisher, targets: Any, key: Key | None) -> Key:
+    """Return the key of a batch, checked; any where nothing is drawn."""
+    if key is None and fisher.draws(targets):
+        raise ValueError(
+            "expected a key, since this kind of Fisher matrix draws its vectors (labels or signs): "
+            "pass an int or an int64 tensor, the same for both passes over a batch and another for "
+            "every batch; or take type2() or empirical(), which draw nothing"
+        )
+    if isinstance(key, Tensor) and key.ndim:
+        raise ValueError(
+            f"expected one key, got keys of shape {tuple(key.shape)}; use torch.vmap over keys"
+        )
+    return 0 if key is None else key
 
 
 def _vectors(setup: Setup, columns: slice, seen: list[int]) -> VectorsFn:
@@ -191,15 +222,15 @@ def batch_sums(
         The sums; empty dicts of what was not asked for.
 
     Raises:
-        ValueError: the batch is empty.
+        ValueError: the batch is empty, or vectors are to be drawn without a key.
+        TypeError: the batch is no pair.
     """
     total: Counted | None = None
     for chunk in chunks(setup, params, buffers, batch, key):
         sums = reduced(setup, chunk, factors=factors, basis=basis)
         total = sums if total is None else pytrees.map(torch.add, total, sums)
         del chunk, sums  # before the next one is captured
-    if total is None:
-        raise ValueError("expected a batch of at least one example, got an empty one")
+    assert total is not None  # chunks of at least one example
     one = torch.ones_like(total.counters.batches)
     return total._replace(counters=total.counters._replace(batches=one))
 

@@ -7,6 +7,7 @@ Architectures, 2023, arXiv:2311.00636.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,8 +38,11 @@ def _reduced(pairs: list[Pair]) -> list[Pair]:
     width, dtype = tensors[0].shape[-1], tensors[0].dtype
     dense = [F.one_hot(s.indices, width).to(dtype) if isinstance(s, OneHot) else s for s in sides]
     totals = [side.sum(-2, keepdim=True) for side in dense]
-    count = sum(positions(side) for side in sides)
-    return [Pair(sum(totals[1:], totals[0]) / max(1, count), cotangent, None)]
+    total, lengths = sum(totals[1:], totals[0]), pairs[0].lengths
+    if lengths is None:
+        return [Pair(total / max(1, sum(positions(side) for side in sides)), cotangent, None)]
+    count = torch.tensor(lengths, dtype=dtype, device=total.device).clamp(min=1)
+    return [Pair(total / count[:, None, None], cotangent, None)]
 
 
 #: Every position on its own: A = 1/(N s) Σ a aᵀ, B = w Σ g gᵀ.

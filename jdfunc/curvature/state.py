@@ -78,7 +78,7 @@ def init_state(
         roles = tuple(
             _zeros(layer, role, like, joint_bias, forward_only, dtype) for role in layer.roles
         )
-        counts = tuple(_zero(like) for _ in roles)
+        counts = tuple(_zero(like).expand(layer.matrix[0]).clone() for _ in roles)
         factors[layer.name] = Moments(roles, counts, roles if expanded else ())
     for rest in layout.rests:
         if rest.rule.covered:

@@ -240,10 +240,11 @@ def merge(first: State, second: State) -> State:
     Raises:
         ValueError: the states are of different estimators, or have different bases.
     """
-    if not pytrees.same_structure(first, second):
+    shapes = [[leaf.shape for leaf in pytrees.leaves(state)] for state in (first, second)]
+    if not pytrees.same_structure(first, second) or shapes[0] != shapes[1]:
         raise ValueError(
             "expected two states of one estimator, both before or both after refresh, got states "
-            "of different structure"
+            "of different structure or shapes"
         )
     bases = zip(pytrees.leaves(first.basis), pytrees.leaves(second.basis), strict=True)
     if any(looks(a) and a is not b and not torch.equal(a, b) for a, b in bases):

@@ -184,7 +184,10 @@ def _layers(
         sizes = [_matrix_shape(pair, use, named[name]) for pair, use in own]
         if not rules.get(name, kron).product or name in cap.rows or len(set(sizes)) > 1:
             continue
-        (h, i, j), of = sizes[0], tuple(use for _, use in own)
+        of = tuple(use for _, use in own)
+        (h, i, j), sliced = sizes[0], _tile(of, sizes[0])
+        if sliced:
+            h, i = len(of), i // len(of)
         one_hot = all(isinstance(a, OneHot) for (a, _), _ in own)
         bias = _bias(own, cap.rows, rules, layers)
         layers.append(
@@ -196,6 +199,7 @@ def _layers(
                 bias_shape=() if bias is None else tuple(named[bias].shape),
                 uses=tuple(u._replace(bias=bias if u.bias == bias else None) for u in of),
                 diagonal=(one_hot or i > max_side, j > max_side),
+                sliced=sliced,
             )
         )
     return layers
@@ -206,6 +210,19 @@ def _matrix_shape(pair: tuple[Side, Tensor], use: UseOf, param: Tensor) -> tuple
     h, free = cotangent.shape[2], cotangent.shape[-1]
     other = param.numel() // max(1, h * free)
     return (h, other, free) if use.activations == 0 else (h, free, other)
+
+
+def _tile(uses: tuple[UseOf, ...], matrix: tuple[int, int, int]) -> bool:
+    """Tell whether uses took equal parts of a parameter, one after the other and each once."""
+    starts, size = sorted(use.padded[0] for use in uses), matrix[1]
+    width = size // len(uses)
+    return (
+        len(uses) > 1
+        and matrix[0] == 1
+        and all(use.activations == 1 for use in uses)  # parts of the first axis are contiguous
+        and starts == list(range(0, size, width))
+        and all(sum(use.padded) == size - width for use in uses)
+    )
 
 
 def _bias(

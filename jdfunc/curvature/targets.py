@@ -39,6 +39,13 @@ class Labelled(NamedTuple):
     labels: Tensor
 
 
+def holds_labels(targets: Any) -> bool:
+    """Tell whether targets bring labels of their own."""
+    while isinstance(targets, Weighted):
+        targets = targets.target
+    return isinstance(targets, Labelled)
+
+
 def accepting(likelihood: Likelihood) -> Likelihood:
     """Let a likelihood of plain targets take `Weighted` and `Labelled` ones, either in the other.
 

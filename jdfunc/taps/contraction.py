@@ -66,6 +66,7 @@ def contraction(
         cotangents,
         activations_first=activations_first,
         bias=bias,
+        padded=pad_free,
     )
 
 

@@ -49,6 +49,8 @@ class Use(NamedTuple):
         activations_first: whether the parameter is laid out as [h, i, j].
         direct: another way to its rows, if there is one.
         bias: the parameter that is added to the output, as long as it is wide, if there is one.
+        padded: how many entries of the cotangents' axis, before and after, are zero because this
+            use takes a part of the parameter.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Use(NamedTuple):
     activations_first: bool
     direct: Direct | None
     bias: str | None
+    padded: tuple[int, int]
 
 
 Rule = Callable[..., Any]
@@ -147,6 +150,7 @@ class Tap(TorchFunctionMode):
         activations_first: bool,
         direct: Direct | None = None,
         bias: Tensor | None = None,
+        padded: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """Compute ``call(weight)`` with the shadow of the weight and keep the use."""
         if self.shadows is None:
@@ -175,6 +179,7 @@ class Tap(TorchFunctionMode):
                 activations_first=activations_first,
                 direct=direct,
                 bias=None if added is None else added.name,
+                padded=padded,
             )
         )
         return self.observe(output)
