@@ -335,6 +335,22 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype, m: int) -> None:
     assert torch.linalg.eigvalsh(gramian.double()).min() > -1e-6 * gramian.max()
 
 
+def test_autocast_sums_in_float32() -> None:
+    """Products with J would round Jᵀe to half: blocks of rows meet each other instead."""
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(5, 300, generator=generator)}
+    batch = torch.randn(6, 300, generator=generator)
+
+    def losses(p: Any, b: Any, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).float().sin().sum(1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = matrix_free(losses, params, batch).gram()
+        rows = jd.dense(losses, params, batch, chunk_size=1).rows["w"].double().flatten(1)
+    assert found.dtype == torch.float32
+    oracles.assert_close(found.double(), rows @ rows.T, tolerance=1e-6)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="chunk_size"):
         matrix_free(model_fn, PARAMS, BATCH, chunk_size=0)

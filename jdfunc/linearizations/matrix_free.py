@@ -82,7 +82,8 @@ def matrix_free(
         TypeError: ``model_fn`` is no function, or does not return a tensor.
 
     Cost: one forward pass and, for G, m pullbacks and m − chunk_size products with J, each about
-    as much again; memory as of one gradient, and two blocks of chunk_size · n elements.
+    as much again; memory as of one gradient, and two blocks of chunk_size · n elements. A compiled
+    step holds every pass of its own m in its graph: compile it for few losses.
 
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, 1994 (products without the matrix).

@@ -2,7 +2,9 @@
 
 Where torch's own batching rule, or that of the derivative, reads the number of examples as a fixed
 int, a compiled function would be compiled anew for every batch size. Here the same functions are
-written in operations that do not. Eager code calls the functions themselves.
+written in operations that do not. Eager code calls the functions themselves. Of what is left to
+torch, these fix the number: convolutions and pooling, group and batch norms, cat, gather, and the
+derivatives of slices, of max along an axis and of sort.
 """
 
 import math
