@@ -21,6 +21,11 @@ def check_model(model_fn: ModelFn, params: Params) -> None:
             "expected model_fn to be a pure function (params, buffers, batch) -> losses, got the "
             f"module {type(model_fn).__name__}; wrap it: see jdfunc.model_to_function"
         )
+    check_params(params)
+
+
+def check_params(params: Params) -> None:
+    """Check that the params are floating-point tensors."""
     named = zip(pytrees.names(params), pytrees.leaves(params), strict=True)
     if pytrees.holds_none(params):
         raise TypeError("expected every leaf of params to be a tensor, got None")

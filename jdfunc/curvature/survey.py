@@ -7,21 +7,20 @@ import torch
 from torch import Tensor
 
 from jdfunc import pytrees, random
-from jdfunc.checks import check_buffers, check_positive
-from jdfunc.curvature.capture import ApplyFn, Captured, UseOf, bound, captured, outer
+from jdfunc.checks import check_buffers, check_params, check_positive
+from jdfunc.curvature.account import check_rules, checked_outputs, pseudo_loss
+from jdfunc.curvature.capture import ApplyFn, Captured, UseOf, captured
 from jdfunc.curvature.layout import (
     Layer,
     Layout,
     ParamRule,
     Rest,
     diagonal,
-    excluded,
     full_block,
     kron,
     unused,
 )
 from jdfunc.examples import num_examples
-from jdfunc.factored import leaves as factored
 from jdfunc.factored.leaves import OneHot, Side
 from jdfunc.types import Buffers, Params
 
@@ -81,29 +80,33 @@ def curvature_layout(
         scale      scalar  dense  scale  its own gradients
         w          3×2     kron   3 ⊗ 2  linear
     """
-    if not callable(apply):
+    if not callable(apply) or isinstance(apply, torch.nn.Module):
         raise TypeError(
             f"expected apply to be a function (params, buffers, inputs) -> outputs, got {apply!r}"
         )
     check_positive(dense_max=dense_max, max_side=max_side)
+    check_params(params)
     buffers, rules = check_buffers(buffers), dict(rules or {})
     named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
-    unknown = sorted(set(rules) - set(named))
-    if unknown:
-        raise ValueError(f"expected rules for parameters, got {unknown}; there are {list(named)}")
-    batch = (example_inputs, (), random.bits(0, num_examples(example_inputs, batch_dim)))
-    wanted = [name for name in named if rules.get(name) is not excluded]
+    check_rules(rules, named)
+    n = num_examples(example_inputs, batch_dim)
+    if n == 0:
+        raise ValueError("expected example inputs of at least one example, got none")
+    batch = (example_inputs, (), random.bits(0, n))
+    wanted = [name for name in named if rules.get(name, kron).covered]
+    if not wanted:
+        raise ValueError("expected parameters to find curvature of, got none, or all excluded")
     cap, uses = captured(
         apply,
         params,
         buffers,
         batch,
         (batch_dim, None, 0),
-        lambda outputs, targets, key: (*_pseudo_loss(outputs, key), key.new_zeros(())),
+        lambda outputs, targets, key: (*pseudo_loss(outputs, key), key.new_zeros(())),
         wanted=wanted,
         kept=wanted,
     )
-    outputs = _checked_outputs(cap, uses, apply, params, buffers, batch, wanted)
+    outputs = checked_outputs(cap, uses, apply, params, buffers, batch, wanted)
     layers = _layers(cap, uses, named, rules, max_side)
     placed = {name for layer in layers for name in (layer.name, layer.bias)}
     others = [name for name in named if name not in placed]
@@ -120,54 +123,6 @@ def curvature_layout(
         sum(_bytes(a) for a, _ in pairs),
         sum(_bytes(g) for _, g in pairs),
     )
-
-
-def _pseudo_loss(outputs: Any, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs of one example in a row, and one random vector."""
-    leaves = [leaf for leaf in pytrees.leaves(outputs) if leaf.is_floating_point()]
-    f = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
-    return f, random.normal(key, f.shape[1]).to(f.dtype)[None, None]
-
-
-def _checked_outputs(
-    cap: Captured,
-    uses: list[UseOf],
-    apply: ApplyFn,
-    params: Params,
-    buffers: Buffers,
-    batch: tuple[Any, Any, Tensor],
-    wanted: list[str],
-) -> Any:
-    """Check that uses and rows sum to the gradient of the whole batch; return outputs of one."""
-    given, run = bound(apply, params, buffers, batch[0], wanted)
-
-    def pseudo_loss(named: Named) -> Tensor:
-        outputs = run(named)
-        kept.append(pytrees.map(lambda x: torch.empty_like(x[:1], device="meta"), outputs))
-        leaves = [x.flatten(1) for x in pytrees.leaves(outputs) if x.is_floating_point()]
-        f = torch.cat(leaves, 1)
-        return (random.normal(batch[2], f.shape[1]).to(f.dtype) * f).sum()
-
-    kept: list[Any] = []
-    gradient = torch.func.grad(pseudo_loss)(given)
-    scale = max(float(g.abs().max()) for g in gradient.values() if g.numel())
-    for name, want in gradient.items():
-        got = torch.zeros_like(want)
-        if name in cap.rows:
-            got = got + cap.rows[name].sum((0, 1))
-        for pair, use in zip(cap.uses, uses, strict=True):
-            if use.param == name:
-                rows = outer(pair, use, want)
-                got = got + factored.combine(rows, want.new_ones(factored.rows_shape(rows)))
-        error = float((got - want).abs().max()) if want.numel() else 0.0
-        if not error <= 10 * torch.finfo(want.dtype).eps ** 0.5 * scale:
-            raise ValueError(
-                f"expected a deterministic model whose outputs depend on one example each, but the "
-                f"gradients of {name!r}, example by example, do not sum to that of the batch: off "
-                f"by {error:.1e} at scale {scale:.1e}; call module.eval() (dropout), or check what "
-                "couples the examples"
-            )
-    return kept[0]
 
 
 def _layers(
@@ -263,8 +218,8 @@ def _rests(
     together: dict[str, list[str]] = {}
     for name in others:
         rule = rules.get(name, kron)
-        if rule is excluded:
-            groups[(name,)] = (excluded, "")
+        if not rule.covered:
+            groups[(name,)] = (rule, "")
         elif name not in used:
             groups[(name,)] = (unused, "nothing")
         elif rule is diagonal or (rule is kron and named[name].numel() > dense_max):
