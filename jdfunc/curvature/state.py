@@ -70,8 +70,12 @@ def init_state(
 
     Returns:
         The state.
+
+    Raises:
+        ValueError: the parameters are not those of the layout.
     """
     named = dict(zip(pytrees.names(params), pytrees.leaves(params), strict=True))
+    _check_fits(layout, named)
     factors: dict[str, Moments | Tensor] = {}
     for layer in layout.layers:
         like = named[layer.name]
@@ -89,6 +93,21 @@ def init_state(
     counters = Counters(_zero(like), _zero(like), _zero(like))
     step = torch.zeros((), dtype=torch.int64, device=like.device)
     return State(step, factors, {}, {}, counters, counters)
+
+
+def _check_fits(layout: Layout, named: Mapping[str, Tensor]) -> None:
+    """Check that parameters have the names and shapes of the layout."""
+    wanted: dict[str, Any] = {layer.name: layer.shape for layer in layout.layers}
+    wanted |= {x.bias: x.bias_shape for x in layout.layers if x.bias is not None}
+    for rest in layout.rests:
+        wanted |= dict(zip(rest.params, rest.shapes, strict=True))
+    got = {name: tuple(param.shape) for name, param in named.items()}
+    odd = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
+    if odd:
+        raise ValueError(
+            f"expected the parameters of the layout, { ({n: wanted.get(n) for n in odd}) } among "
+            f"them, got { ({n: got.get(n) for n in odd}) }; make the layout from these parameters"
+        )
 
 
 def zero_eigenvalues(
