@@ -95,7 +95,7 @@ def build(
             cache.append(chunk)
             held += _bytes(chunk)
             if held > cache_limit:
-                _check_repeatable(data)
+                _check_repeatable(data, "it does not fit cache_limit", "raise cache_limit")
                 state, cache = _with_factors(setup, state, cache), []
     if held <= cache_limit:
         return est.finalize(_from_cache(est, state, cache), num_data)
@@ -157,11 +157,11 @@ def _nonempty(state: State) -> State:
     return state
 
 
-def _check_repeatable(data: Iterable[Any]) -> None:
+def _check_repeatable(data: Iterable[Any], why: str, instead: str) -> None:
     if iter(data) is data:
         raise ValueError(
-            "expected data that can be traversed twice, since it does not fit cache_limit, got an "
-            f"iterator ({type(data).__name__}); pass a list or a loader, or raise cache_limit"
+            f"expected data that can be traversed twice, since {why}, got an iterator "
+            f"({type(data).__name__}); pass a list or a loader, or {instead}"
         )
 
 
@@ -178,9 +178,10 @@ def _check_repeats(
     est: Estimator, params: Params, buffers: Buffers, data: Iterable[Any], key: Key | None
 ) -> None:
     """Check that the first batch gives the same factors twice, and that data starts with it."""
-    _check_repeatable(data)
-    first = next(iter(data))
-    again = next(iter(data))
+    _check_repeatable(data, "check_determinism is given", "leave that out")
+    first, again = next(iter(data), None), next(iter(data), None)
+    if first is None or again is None:
+        return  # no data: an error that follows
     sums = [
         pytrees.leaves(est.update(est.init(params), params, buffers, batch, key).factors)
         for batch in (first, first, again)
