@@ -25,6 +25,9 @@ ApplyFn = Callable[[Any, Any, Any], Any]
 #: ``(outputs, targets, key) -> (f [1, ...], vectors [V, 1, ...], what is added to a divisor)``
 VectorsFn = Callable[[Any, Any, Tensor], tuple[Tensor, Tensor, Tensor]]
 
+#: ``inputs -> [b, s]``
+PositionMask = Callable[[Any], Tensor]
+
 
 class UseOf(NamedTuple):
     """What one use of a parameter as a matrix is, without its tensors.
@@ -52,11 +55,13 @@ class Captured(NamedTuple):
             in the order of the model's calls; () for cotangents that were not pulled back.
         rows: by parameter, dense rows [n, V, *param.shape] of all else.
         counts: what each example adds to the divisor of a mean, [n].
+        mask: which positions count in A, [n, s]; () if all do.
     """
 
     uses: list[tuple[Side, Any]]
     rows: Named
     counts: Tensor
+    mask: Tensor | tuple[()]
 
 
 def captured(
@@ -69,7 +74,7 @@ def captured(
     *,
     wanted: Sequence[str],
     kept: Collection[str],
-    columns: slice = slice(None),
+    position_mask: PositionMask | None = None,
 ) -> tuple[Captured, list[UseOf]]:
     """Run examples one at a time, by `torch.vmap`, and pull their pseudo-losses back.
 
@@ -82,7 +87,7 @@ def captured(
         vectors: makes the pseudo-losses of one example.
         wanted: the parameters to differentiate with respect to, by name.
         kept: those whose uses are kept; the rows of the others are made dense.
-        columns: which of the pseudo-losses to pull back.
+        position_mask: ``inputs -> [b, s]``, which positions count in A.
 
     Returns:
         What was captured, and what its uses are.
@@ -108,7 +113,7 @@ def captured(
             else:
                 made = materialise(Outer(left, right, use.param))
                 dense[use.name] = dense[use.name] + made if use.name in dense else made
-        return Captured(pairs, dense, aux[0])
+        return Captured(pairs, dense, aux[0], aux[1] if len(aux) > 1 else ())
 
     def one(example: tuple[Any, Any, Tensor]) -> Captured:
         inputs, targets, key = example
@@ -116,7 +121,7 @@ def captured(
 
         def pseudo_losses(named: Named) -> tuple[Tensor, list[Tensor]]:
             f, v, count = vectors(run(named), targets, key.squeeze(0))
-            return (v[columns] * f).flatten(1).sum(1), [count]
+            return (v * f).flatten(1).sum(1), [count, *_masks(position_mask, inputs)]
 
         return tapped(
             pseudo_losses,
@@ -140,6 +145,7 @@ def activations(
     *,
     wanted: Sequence[str],
     kept: Collection[str],
+    position_mask: PositionMask | None = None,
 ) -> tuple[Captured, list[UseOf]]:
     """Run examples one at a time without a backward pass: uses without cotangents, and no rows.
 
@@ -152,6 +158,7 @@ def activations(
         vectors: as for `captured`.
         wanted: as for `captured`.
         kept: as for `captured`.
+        position_mask: as for `captured`.
 
     Returns:
         What was captured, and what its uses are.
@@ -170,7 +177,8 @@ def activations(
             found[:] = [_use_of(use) for use in uses]
             pairs: list[Any] = [(_rows_axis(use.activations(use.given)), ()) for use in uses]
             f, _, count = vectors(outputs, targets, key.squeeze(0))
-            return f, Captured(pairs, {}, count)
+            masks = _masks(position_mask, inputs)
+            return f, Captured(pairs, {}, count, masks[0] if masks else ())
 
         result: Any = torch.func.vjp(forward, given, has_aux=True)
         return result[2]
@@ -204,6 +212,10 @@ def _each_example(one: Callable[[Any], Captured], batch: Any, batch_dim: Any) ->
         example = select(batch, batch_dim, torch.arange(k, k + 1, device=batch[2].device))
         runs.append(pytrees.map(lambda leaf: leaf[None], one(example)))
     return pytrees.map(lambda *leaves: torch.cat(leaves), *runs)
+
+
+def _masks(position_mask: PositionMask | None, inputs: Any) -> list[Tensor]:
+    return [] if position_mask is None else [position_mask(inputs).squeeze(0)]
 
 
 def _rows_axis(side: Side) -> Side:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from jdfunc import pytrees
 from jdfunc.checks import check_positive
 from jdfunc.curvature import steps
+from jdfunc.curvature.capture import PositionMask
 from jdfunc.curvature.curvature import Curvature
 from jdfunc.curvature.damping import Damping, relative
 from jdfunc.curvature.fishers import Fisher, default_fisher
@@ -67,6 +68,7 @@ def ekfac(
     likelihood: Likelihood,
     fisher: Fisher | None = None,
     sharing: Sharing = expand,
+    position_mask: PositionMask | None = None,
     joint_bias: bool = True,
     decay: float | None = None,
     basis_every: int | None = None,
@@ -91,6 +93,8 @@ def ekfac(
         fisher: `type2`, `monte_carlo(samples)`, `empirical` or `signed`; `type2` for outputs [b, C]
             and `monte_carlo(1)` for sequences if None.
         sharing: `expand` or `reduce`: what the factors are taken of. λ is exact for both.
+        position_mask: ``inputs -> [b, s]``: which positions count in A, 0 for padding, in the
+            layers that are used at s positions; all if None.
         joint_bias: whether a bias shares the block of its weight.
         decay: None for sums over everything that streams by; or the decay of an exponential
             average without bias. Numerators and divisors decay alike, so that batches of different
@@ -141,6 +145,7 @@ def ekfac(
             likelihood=likelihood,
             fisher=_fisher(layout, fisher),
             sharing=sharing,
+            position_mask=position_mask,
             joint_bias=joint_bias,
             decay=decay,
             basis_every=basis_every,
@@ -159,6 +164,7 @@ def kfac(
     likelihood: Likelihood,
     fisher: Fisher | None = None,
     sharing: Sharing = expand,
+    position_mask: PositionMask | None = None,
     joint_bias: bool = True,
     decay: float | None = None,
     chunk_size: int | None = None,
@@ -178,6 +184,7 @@ def kfac(
         fisher: as for `ekfac`; or `forward_only`, B = I without a backward pass.
         sharing: `expand`: A = 1/(N s) Σ a aᵀ, B = w Σ g gᵀ over all positions; `reduce`: of the
             mean activation and the summed cotangent of each example.
+        position_mask: as for `ekfac`.
         joint_bias: as for `ekfac`; a separate bias has the block B.
         decay: as for `ekfac`.
         chunk_size: as for `ekfac`.
@@ -214,6 +221,7 @@ def kfac(
             likelihood=likelihood,
             fisher=_fisher(layout, fisher),
             sharing=sharing,
+            position_mask=position_mask,
             joint_bias=joint_bias,
             decay=decay,
             basis_every=None,

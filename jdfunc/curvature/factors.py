@@ -26,7 +26,6 @@ from jdfunc.curvature.pairs import (
     wide,
 )
 from jdfunc.curvature.sharing import Sharing, expand
-from jdfunc.factored.leaves import OneHot, positions
 
 
 class Moments(NamedTuple):
@@ -106,28 +105,17 @@ def _role(
     own = sharing.pairs([p for p, side in zip(pairs, layer.sides, strict=True) if side == role])
     h, *sizes = layer.block(joint_bias).shape
     flat = [layer.diagonal[side] for side in (role, 1 - role)]
-    count = [0] * h
     if first:
-        moments = [
-            activation_moment(p.activation, p.one, sizes[role], diagonal=flat[0]) for p in own
-        ]
-        a_factor = sum(moments[1:], moments[0])
-        count = [sum(counts) for counts in zip(*(_counts(pair, h) for pair in own), strict=True)]
+        moments = [activation_moment(pair, sizes[role], diagonal=flat[0]) for pair in own]
+        a_factor, counts = sum(moments[1:], moments[0]), [pair.counts(h) for pair in own]
+        count = sum(counts[1:], counts[0])
     else:
         shape = (h, sizes[role]) if flat[0] else (h, sizes[role], sizes[role])
         a_factor = own[0].cotangent.new_zeros(shape)
+        count = torch.zeros(h, dtype=torch.float64, device=a_factor.device)
     if isinstance(own[0].cotangent, Tensor):
         moments = [side_moment(pair.cotangent, diagonal=flat[1]) for pair in own]
         b_factor = sum(moments[1:], moments[0])
     else:  # no backward pass: B is the identity
         b_factor = a_factor.new_ones((h, sizes[1 - role]))
-    number = torch.tensor(count, dtype=torch.float64, device=a_factor.device)
-    return (Factors(a_factor, b_factor) if role == 0 else Factors(b_factor, a_factor)), number
-
-
-def _counts(pair: Pair, groups: int) -> list[int]:
-    """Return over how many examples and positions activations go, by group."""
-    side = pair.activation
-    examples = (side.indices if isinstance(side, OneHot) else side).shape[0]
-    lengths = (positions(side),) * groups if pair.lengths is None else pair.lengths
-    return [examples * length for length in lengths]
+    return (Factors(a_factor, b_factor) if role == 0 else Factors(b_factor, a_factor)), count

@@ -15,7 +15,7 @@ from torch import Tensor
 from jdfunc.curvature.capture import Captured, UseOf
 from jdfunc.curvature.layout import Layer
 from jdfunc.factored import products
-from jdfunc.factored.leaves import OneHot, Side, stacked
+from jdfunc.factored.leaves import OneHot, Side, positions, stacked
 
 #: A second moment of wider sides is computed in strips, since it is symmetric.
 WIDE = 256
@@ -29,13 +29,30 @@ class Pair(NamedTuple):
         cotangent: [n, V, h, s, e]; () if nothing was pulled back.
         one: what stands behind every activation for a joint bias, 1, or 0 for a use of a tied
             weight without the bias; None if nothing does.
-        lengths: how many of the positions are there, by group; all of them if None.
+        present: 1 at positions that count in A and 0 at others, [n, 1, h, s] or [n, 1, 1, s]; None
+            if all do.
     """
 
     activation: Side
     cotangent: Any
     one: float | None
-    lengths: tuple[int, ...] | None = None
+    present: Tensor | None = None
+
+    def augmented(self) -> Side:
+        """The activations that count, with what stands behind them, and zeros elsewhere."""
+        side = with_ones(self.activation, self.one)
+        if self.present is None or isinstance(side, OneHot):
+            return side
+        return side * self.present[..., None].to(side.dtype)
+
+    def counts(self, groups: int) -> Tensor:
+        """Over how many examples and positions the activations go, float64 [h]."""
+        side = self.activation
+        tensor = side.indices if isinstance(side, OneHot) else side
+        if self.present is not None:
+            return self.present.double().sum((0, 1, 3)).expand(groups)
+        number = float(tensor.shape[0] * positions(side))
+        return torch.full((groups,), number, dtype=torch.float64, device=tensor.device)
 
 
 def pairs_of(
@@ -52,7 +69,9 @@ def pairs_of(
             one = float(next(own).bias is not None) if joint else None
             a = wide(activation, dtype) if isinstance(activation, Tensor) else activation
             g = wide(cotangent, dtype) if isinstance(cotangent, Tensor) else cotangent
-            pairs.append(Pair(a, g, one))
+            mask = cap.mask[:, None, None] if isinstance(cap.mask, Tensor) else None
+            fits = mask is not None and mask.shape[-1] == positions(a)
+            pairs.append(Pair(a, g, one, mask if fits else None))
     return [_grouped(layer, pairs)] if layer.sliced else pairs
 
 
@@ -62,14 +81,19 @@ def _grouped(layer: Layer, pairs: list[Pair]) -> Pair:
     order = sorted(range(len(pairs)), key=lambda k: starts[k])
     sides = [with_ones(pairs[k].activation, pairs[k].one) for k in order]
     dense = [side for side in sides if isinstance(side, Tensor)]  # all: none is an embedding
-    lengths = tuple(side.shape[-2] for side in dense)
-    fill = [(0, 0, 0, max(lengths) - s) for s in lengths]
-    a = torch.cat([F.pad(side, pad) for side, pad in zip(dense, fill, strict=True)], 2)
+    longest = max(side.shape[-2] for side in dense)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in parts], 2)
+
+    present = [side.new_ones((*side.shape[:-1], 1)) for side in dense]
+    masks = [pairs[k].present for k in order]
+    kept = [x if m is None else x * m[..., None] for x, m in zip(present, masks, strict=True)]
+    counted = joined(kept)[..., 0]
     if not isinstance(pairs[0].cotangent, Tensor):
-        return Pair(a, (), None, lengths)
+        return Pair(joined(dense), (), None, counted)
     parts = [pairs[k].cotangent[..., starts[k] : starts[k] + e] for k in order]
-    g = torch.cat([F.pad(part, pad) for part, pad in zip(parts, fill, strict=True)], 2)
-    return Pair(a, g, None, lengths)
+    return Pair(joined(dense), joined(parts), None, counted)
 
 
 def wide(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -87,10 +111,14 @@ def with_ones(side: Side, one: float | None) -> Side:
 # ------------------------------------------------------------------------------ second moments
 
 
-def activation_moment(a: Side, one: float | None, width: int, *, diagonal: bool) -> Tensor:
+def activation_moment(pair: Pair, width: int, *, diagonal: bool) -> Tensor:
     """Return Σ [a, one] [a, one]ᵀ over all positions, [h, d, d], or its diagonal [h, d]."""
+    a, one = pair.activation, pair.one
     if isinstance(a, OneHot):
-        return _frequencies(a.indices.flatten(), width, diagonal)
+        return _frequencies(a.indices, pair.present, width, diagonal)
+    if pair.present is not None:
+        a, one = pair.augmented(), None
+        assert isinstance(a, Tensor)
     moment = side_moment(a, diagonal=diagonal)
     if one is None:
         return moment
@@ -104,9 +132,10 @@ def activation_moment(a: Side, one: float | None, width: int, *, diagonal: bool)
     return torch.cat([torch.cat([moment, sums], -1), below], -2)
 
 
-def _frequencies(indices: Tensor, width: int, diagonal: bool) -> Tensor:
+def _frequencies(indices: Tensor, present: Tensor | None, width: int, diagonal: bool) -> Tensor:
     ones = torch.ones(indices.shape, dtype=torch.get_default_dtype(), device=indices.device)
-    counts = ones.new_zeros(width).index_add(0, indices, ones)[None]
+    ones = ones if present is None else ones * present
+    counts = ones.new_zeros(width).index_add(0, indices.flatten(), ones.flatten())[None]
     return counts if diagonal else torch.diag_embed(counts)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jdfunc import pytrees, random
 from jdfunc.curvature.basis import Basis
-from jdfunc.curvature.capture import Captured, UseOf, VectorsFn, activations, captured
+from jdfunc.curvature.capture import Captured, PositionMask, UseOf, VectorsFn, activations, captured
 from jdfunc.curvature.damping import Damping
 from jdfunc.curvature.eigenvalues import eigenvalue_sums
 from jdfunc.curvature.factors import Moments, factor_sums
@@ -47,6 +47,7 @@ class Setup(NamedTuple):
     likelihood: Likelihood
     fisher: Fisher
     sharing: Sharing
+    position_mask: PositionMask | None
     joint_bias: bool
     decay: float | None
     basis_every: int | None
@@ -116,13 +117,14 @@ def chunks(
                 _vectors(setup, slice(k, k + width), seen),
                 wanted=[*kept, *rests],
                 kept=kept,
+                position_mask=setup.position_mask,
             )
             yield Chunk(cap, uses, k == 0)
             k += width
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or pytrees.holds_none(batch[1]):
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or batch[1] is None:
         kinds = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else ""
         raise TypeError(
             "expected a batch (inputs, targets), where targets are tensors with an example axis in "

@@ -14,9 +14,9 @@ from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.eigen import eigh, eigh_all
 from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer
-from jdfunc.curvature.pairs import activation_moment, pairs_of, second_moment, with_ones
+from jdfunc.curvature.pairs import Pair, activation_moment, pairs_of, second_moment
 from jdfunc.curvature.passes import Chunk, Setup
-from jdfunc.factored.leaves import Side, positions, row_axes, stacked
+from jdfunc.factored.leaves import positions, row_axes, stacked
 
 
 def thin_basis(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -57,14 +57,14 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
                 continue
             role = layer.roles[0] == side
             parts = _sides(setup, layer, chunks, activations=role)
-            number = sum(math.prod(row_axes(p)) * positions(p) for p, _ in parts)
+            number = sum(math.prod(row_axes(p.activation)) * positions(p.activation) for p in parts)
             name, width = f"{layer.name}, {place}", sizes[side]
-            sides = [with_ones(p, one) for p, one in parts] if number < width else []
+            sides = [pair.augmented() for pair in parts] if number < width else []
             few = [stacked(side) for side in sides if isinstance(side, Tensor)]
             if few and len(few) == len(sides):
                 thin[name] = thin_basis(torch.cat(few, 1), dtype)
             else:
-                found = [activation_moment(p, one, width, diagonal=False) for p, one in parts]
+                found = [activation_moment(pair, width, diagonal=False) for pair in parts]
                 moments[name] = sum(found[1:], found[0])
     for rest in setup.layout.rests:
         if rest.rule.covered and rest.rule.full:
@@ -80,15 +80,13 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
     return {n: Basis(bases.get(f"{n}, left", ()), bases.get(f"{n}, right", ())) for n in names}
 
 
-def _sides(
-    setup: Setup, layer: Layer, chunks: Sequence[Chunk], *, activations: bool
-) -> list[tuple[Side, float | None]]:
-    """Return the activations of a layer, with what stands behind them, or its cotangents."""
-    sides = []
+def _sides(setup: Setup, layer: Layer, chunks: Sequence[Chunk], *, activations: bool) -> list[Pair]:
+    """Return the activations of a layer, with what stands behind them, or its cotangents so."""
+    sides: list[Pair] = []
     for chunk in chunks:
         pairs = pairs_of(layer, chunk.cap, chunk.uses, setup.joint_bias, setup.precision.factors)
         if not activations:
-            sides += [(pair.cotangent, None) for pair in pairs]
+            sides += [Pair(pair.cotangent, (), None) for pair in pairs]
         elif chunk.first:
-            sides += [(pair.activation, pair.one) for pair in pairs]
+            sides += pairs
     return sides
