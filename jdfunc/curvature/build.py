@@ -51,7 +51,8 @@ def build(
         key: of the random vectors; the i-th batch folds i into it.
         num_data: how many examples the whole data set has, if this is a part of it: see the
             reduction of the likelihood.
-        progress: called ``(done, total)`` after each batch; total is None if data has no length.
+        progress: called ``(done, total)`` after each batch of both traversals, once for a second
+            one that is not needed; total is None if data has no length.
         check_determinism: evaluate the first batch twice, and the first batch of another traversal,
             and compare.
         cache_limit: in bytes; 0 for no cache.
@@ -97,8 +98,13 @@ def build(
             if held > cache_limit:
                 _check_repeatable(data, "it does not fit cache_limit", "raise cache_limit")
                 state, cache = _with_factors(setup, state, cache), []
+    if not seen:
+        return est.finalize(_nonempty(state), num_data)
     if held <= cache_limit:
-        return est.finalize(_from_cache(est, state, cache), num_data)
+        state = _from_cache(est, state, cache)
+        if progress is not None:  # what was kept is not traversed again
+            progress(2 * seen, 2 * seen if isinstance(data, Sized) else None)
+        return est.finalize(state, num_data)
     state = est.refresh(_with_factors(setup, state, cache))
     for batch, own in steps(seen):
         state = est.update_eigenvalues(state, params, buffers, batch, own)
@@ -144,8 +150,7 @@ def _from_cache(est: Estimator, state: State, cache: list[Chunk]) -> State:
     for chunk in cache:
         sums = reduced(setup, chunk, factors=False, basis=state.basis)
         total = sums if total is None else pytrees.map(torch.add, total, sums)
-    if total is None:
-        return _nonempty(state)
+    assert total is not None  # at least one batch
     return state._replace(
         eigenvalues=total.eigenvalues, counters=total.counters, eigen_counters=total.counters
     )
