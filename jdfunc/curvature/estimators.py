@@ -135,10 +135,6 @@ def ekfac(
         >>> cv.trace(curv)
         tensor(0.6667)
     """
-    if fisher is not None and fisher.vectors is None:
-        raise ValueError(
-            "expected a Fisher with vectors, got forward_only: EKFAC squares gradients; use kfac"
-        )
     return _estimator(
         Setup(
             layout=layout,
@@ -235,6 +231,12 @@ def kfac(
 
 
 def _estimator(setup: Setup) -> Estimator:
+    _check_kind("likelihood", setup.likelihood, Likelihood, "cross_entropy()")
+    _check_kind("sharing", setup.sharing, Sharing, "expand")
+    if setup.eigenvalues and setup.fisher.vectors is None:
+        raise ValueError(
+            "expected a Fisher with vectors, got forward_only: EKFAC squares gradients; use kfac"
+        )
     check_positive(
         basis_every=setup.basis_every,
         chunk_size=setup.chunk_size,
@@ -253,7 +255,19 @@ def _estimator(setup: Setup) -> Estimator:
 
 
 def _fisher(layout: Layout, fisher: Fisher | None) -> Fisher:
+    _check_kind("layout", layout, Layout, "curvature_layout(apply, params, buffers, inputs)")
     if fisher is not None:
+        _check_kind("fisher", fisher, Fisher, "type2() or monte_carlo(1)")
         return fisher
-    (outputs,) = pytrees.leaves(layout.outputs)
-    return default_fisher(outputs.ndim)
+    outputs = pytrees.leaves(layout.outputs)
+    if len(outputs) != 1:
+        raise ValueError(
+            f"expected fisher to be given where the model has several outputs, {len(outputs)} here"
+        )
+    return default_fisher(outputs[0].ndim)
+
+
+def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        got = getattr(value, "__name__", repr(value))
+        raise TypeError(f"expected {name} to be a {kind.__name__}, such as {example}, got {got}")
