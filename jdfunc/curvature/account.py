@@ -73,7 +73,8 @@ def checked_outputs(
         return (random.normal(batch[2], f.shape[1]).to(f.dtype) * f).sum()
 
     kept: list[Any] = []
-    gradient = torch.func.grad(total)(given)
+    with torch.inference_mode(False):
+        gradient = torch.func.grad(total)(given)
     scale = max((float(g.abs().max()) for g in gradient.values() if g.numel()), default=0.0)
     for name, want in gradient.items():
         if not bool(torch.isfinite(want).all()):

@@ -203,6 +203,11 @@ def bound(
 
 def _each_example(one: Callable[[Any], Captured], batch: Any, batch_dim: Any) -> Captured:
     """Run examples by `torch.vmap`, or one by one if the model branches on values."""
+    with torch.inference_mode(False):  # whose tensors autograd does not follow
+        return _by_vmap_or_one_by_one(one, batch, batch_dim)
+
+
+def _by_vmap_or_one_by_one(one: Callable[[Any], Captured], batch: Any, batch_dim: Any) -> Captured:
     try:
         return for_each_example(one, batch, batch_dim)
     except RuntimeError as error:
