@@ -15,6 +15,8 @@ help:  ## this list
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c .ci/constraints.txt -e ".[test,lint,notebooks,bench]"
+	# Without what it asks for: torchvision, which it does not need and which fits no CPU build.
+	$(PY) -m pip install --quiet -c .ci/constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch
 	touch $@
 
 install: $(STAMP)  ## virtual environment with pinned tools; repeated only if the pins change
@@ -40,6 +42,10 @@ bench: $(STAMP)  ## time and memory of steps, weightings and multi-task steps, a
 	$(PY) tests/benchmarks/bench_mtl.py
 	$(PY) tests/benchmarks/bench_mtl.py --memory
 	$(PY) tests/benchmarks/bench_mtl.py --rotations
+	$(PY) tests/benchmarks/bench_curvature.py
+	$(PY) tests/benchmarks/bench_curvature.py --memory
+	$(PY) tests/benchmarks/bench_curvature.py --operations
+	$(PY) tests/benchmarks/bench_composition.py
 notebooks: $(STAMP)  ## run every notebook; the run copies go to build/notebooks
 	$(if $(NBS),OMP_NUM_THREADS=1 $(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks $(NBS))
 check: lint types test  ## all that has to pass before a merge

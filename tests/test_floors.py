@@ -25,6 +25,11 @@ FLOORS = {
     "": 7,  # jdfunc/__init__.py
 }
 THIRD_PARTY = {"torch", "optree", "jaxtyping"}
+#: Optional packages, imported inside functions.
+OPTIONAL = {
+    "solvers.qp": {"numpy", "scipy", "qpsolvers", "quadprog"},
+    "curvature.linear_operator": {"numpy", "scipy"},
+}
 MAX_FILE, MAX_FUNCTION = 300, 50
 files = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -118,23 +123,22 @@ def test_the_two_halves_never_meet() -> None:
 
 @files
 def test_third_party(path: Path) -> None:
-    """No optree outside pytrees.py; no numpy, scipy or solver package outside solvers/qp.py."""
+    """No optree outside pytrees.py; no numpy, scipy or solver package but where one is named."""
     name = module_of(path)
     allowed = {"jdfunc", *THIRD_PARTY, *sys.stdlib_module_names}
     if name != "pytrees":
         allowed.discard("optree")
-    if name == "solvers.qp":
-        allowed |= {"numpy", "scipy", "qpsolvers", "quadprog"}
+    allowed |= OPTIONAL.get(name, set())
     found = {n.partition(".")[0] for n in imports(ast.parse(path.read_text()))}
     assert found <= allowed, found - allowed
 
 
-def test_optional_packages_are_imported_late() -> None:
-    """`import jdfunc` needs neither numpy nor a QP solver: qp.py imports them inside functions."""
-    tree = ast.parse(MODULES["solvers.qp"].read_text())
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_packages_are_imported_late(name: str) -> None:
+    """`import jdfunc` needs none of them: they are imported inside functions."""
+    tree = ast.parse(MODULES[name].read_text())
     top = ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
-    found = {name.partition(".")[0] for name in imports(top)}
-    assert not found & {"numpy", "scipy", "qpsolvers", "quadprog"}
+    assert not {found.partition(".")[0] for found in imports(top)} & OPTIONAL[name]
 
 
 @files

@@ -56,8 +56,8 @@ def load_state_dict(saved: Mapping[str, Tensor], layout: Layout) -> State:
     """
     if FINGERPRINT not in saved or int(saved[FINGERPRINT]) != int(_fingerprint(layout)):
         raise ValueError(
-            "expected a state that was saved with this layout, got one of another (parameters, shapes, "
-            "uses, rules); rebuild the layout as it was, or start from init"
+            "expected a state that was saved with this layout, got one of another: parameters, "
+            "shapes, uses or rules differ; rebuild the layout as it was, or start from init"
         )
     like = _skeleton(layout, saved)
     names = pytrees.field_names(like)
