@@ -73,7 +73,7 @@ def checked_outputs(
         return (random.normal(batch[2], f.shape[1]).to(f.dtype) * f).sum()
 
     kept: list[Any] = []
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         gradient = torch.func.grad(total)(given)
     scale = max((float(g.abs().max()) for g in gradient.values() if g.numel()), default=0.0)
     for name, want in gradient.items():

@@ -203,7 +203,8 @@ def bound(
 
 def _each_example(one: Callable[[Any], Captured], batch: Any, batch_dim: Any) -> Captured:
     """Run examples by `torch.vmap`, or one by one if the model branches on values."""
-    with torch.inference_mode(False):  # whose tensors autograd does not follow
+    # Autograd does not follow tensors of inference mode; and no graph is held by what is captured.
+    with torch.inference_mode(False), torch.no_grad():
         return _by_vmap_or_one_by_one(one, batch, batch_dim)
 
 

@@ -198,7 +198,10 @@ def _bias(
         total = sum(sums[1:], sums[0]).reshape(rows[name].shape)
         scale = float(rows[name].abs().max())
         if torch.allclose(
-            total, rows[name], rtol=0, atol=scale * torch.finfo(total.dtype).eps ** 0.5
+            total.to(rows[name].dtype),
+            rows[name],
+            rtol=0,
+            atol=scale * torch.finfo(total.dtype).eps ** 0.5,
         ):
             return name
     return None
