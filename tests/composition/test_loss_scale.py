@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jdfunc as jd
+from jdfunc.factored.leaves import Outer
 from jdfunc.linearizations import matrix_free, sketched
+from jdfunc.linearizations.scaled import scaled
 from jdfunc.step import nonfinite_rows
 
 LINEARIZE = {
@@ -129,6 +131,28 @@ def test_direction_does_not_overflow_on_the_way() -> None:
         assert float(grads["w"]) == 8
 
 
+@linearizations
+def test_the_scale_is_kept_until_the_end_of_a_pullback(linearize: str) -> None:
+    """Cotangents of 1e-8 are zero in float16; times inputs of 1e4 they are gradients."""
+    fn = lambda p, b, x: 1e-8 * (x * p["w"]).float()  # noqa: E731
+    params, x = {"w": torch.ones((), dtype=torch.float16)}, 1e4 * torch.ones(2).half()
+    grads = jd.jd_step(
+        fn, params, x, weighting=jd.mean, linearize=LINEARIZE[linearize], loss_scale=2.0**24
+    )
+    assert float(grads["w"]) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_examples_are_compared_where_scaled_losses_pass_what_float16_holds() -> None:
+    """Infinite losses are taken for equal: they must not be made infinite."""
+
+    def coupled(params: Any, buffers: Any, batch: Any) -> Tensor:
+        return (params["w"] * batch * batch.sum()).half()
+
+    x, params = torch.tensor([10.0, 12.0, 14.0]), {"w": torch.ones(())}
+    with pytest.raises(ValueError, match="depend on one example each"):
+        jd.gramian(coupled, params, x, batch_dim=0, loss_scale=2.0**15)
+
+
 # --- powers of two are exact --------------------------------------------------------------------
 
 
@@ -239,6 +263,19 @@ def test_rows_of_float16_are_divided_in_float32(rule: str, linearize: str) -> No
     else:
         got = {k: g.double() for k, g in grads.items()}
         oracles.assert_close(got, {k: g / 1e9 for k, g in direction.items()}, tolerance=1e-2)
+
+
+def test_factored_rows_of_float16_are_divided_in_float32() -> None:
+    """As dense rows are: entries of 1e-9 are there when they are made."""
+    params, batch = half(PARAMS), (BATCH[0].half(), BATCH[1])
+    lin = scaled(jd.structured, 2.0**24)(
+        partial(per_example, tiny=1e-9), params, batch, batch_dim=0
+    )
+    assert isinstance(lin.rows["a"], Outer)
+    wide = {k: v.double() for k, v in params.items()}
+    exact = jd.jacobian(per_example, wide, (batch[0].double(), batch[1]))
+    found = {k: v.double() * 1e9 for k, v in jd.to_dense(lin.rows).items()}
+    oracles.assert_close(found, exact, tolerance=1e-2)
 
 
 @linearizations
