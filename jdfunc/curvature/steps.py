@@ -164,7 +164,9 @@ def refresh(setup: Setup, state: State) -> State:
         return state
     factors, expanded = _divided(setup, state)
     basis = basis_of(setup.layout, factors, expanded, setup.precision.eigh)
-    like = next(iter(pytrees.leaves(state.factors)))
+    like = next(iter(pytrees.leaves(state.factors))).new_zeros(
+        (), dtype=setup.precision.eigenvalues
+    )
     zeros = zero_eigenvalues(setup.layout, basis, setup.joint_bias, like)
     if setup.decay is None or not state.basis:
         none = pytrees.map(torch.zeros_like, state.counters)
