@@ -22,6 +22,7 @@ from jdfunc.curvature.damping import Damping, relative
 from jdfunc.curvature.fishers import Fisher, default_fisher
 from jdfunc.curvature.layout import Layout
 from jdfunc.curvature.passes import Precision, Setup
+from jdfunc.curvature.several import Heads
 from jdfunc.curvature.sharing import Sharing, expand
 from jdfunc.curvature.state import State
 from jdfunc.curvature.terms import Likelihood
@@ -65,7 +66,7 @@ class Estimator(NamedTuple):
 def ekfac(
     layout: Layout,
     *,
-    likelihood: Likelihood,
+    likelihood: Likelihood | Heads,
     fisher: Fisher | None = None,
     sharing: Sharing = expand,
     position_mask: PositionMask | None = None,
@@ -89,7 +90,8 @@ def ekfac(
 
     Args:
         layout: from `curvature_layout`.
-        likelihood: `mse`, `cross_entropy`, `bce_with_logits`, `custom`; with its reduction.
+        likelihood: `mse`, `cross_entropy`, `bce_with_logits`, `custom`; with its reduction. Of a
+            model with several heads: `several`.
         fisher: `type2`, `monte_carlo(samples)`, `empirical` or `signed`; `type2` for outputs [b, C]
             and `monte_carlo(1)` for sequences if None.
         sharing: `expand` or `reduce`: what the factors are taken of. λ is exact for both.
@@ -157,7 +159,7 @@ def ekfac(
 def kfac(
     layout: Layout,
     *,
-    likelihood: Likelihood,
+    likelihood: Likelihood | Heads,
     fisher: Fisher | None = None,
     sharing: Sharing = expand,
     position_mask: PositionMask | None = None,
@@ -231,7 +233,8 @@ def kfac(
 
 
 def _estimator(setup: Setup) -> Estimator:
-    _check_kind("likelihood", setup.likelihood, Likelihood, "cross_entropy()")
+    if not isinstance(setup.likelihood, Heads):
+        _check_kind("likelihood", setup.likelihood, Likelihood, "cross_entropy()")
     _check_kind("sharing", setup.sharing, Sharing, "expand")
     if setup.eigenvalues and setup.fisher.vectors is None:
         raise ValueError(
@@ -259,12 +262,7 @@ def _fisher(layout: Layout, fisher: Fisher | None) -> Fisher:
     if fisher is not None:
         _check_kind("fisher", fisher, Fisher, "type2() or monte_carlo(1)")
         return fisher
-    outputs = pytrees.leaves(layout.outputs)
-    if len(outputs) != 1:
-        raise ValueError(
-            f"expected fisher to be given where the model has several outputs, {len(outputs)} here"
-        )
-    return default_fisher(outputs[0].ndim)
+    return default_fisher(max(leaf.ndim for leaf in pytrees.leaves(layout.outputs)))
 
 
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:

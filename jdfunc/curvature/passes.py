@@ -16,6 +16,7 @@ from jdfunc.curvature.eigenvalues import eigenvalue_sums
 from jdfunc.curvature.factors import Moments, factor_sums
 from jdfunc.curvature.fishers import Fisher
 from jdfunc.curvature.layout import Layout
+from jdfunc.curvature.several import Heads, joint_vectors
 from jdfunc.curvature.sharing import Sharing
 from jdfunc.curvature.state import Counters
 from jdfunc.curvature.terms import Likelihood
@@ -44,7 +45,7 @@ class Setup(NamedTuple):
     """What an estimator estimates, and how: static."""
 
     layout: Layout
-    likelihood: Likelihood
+    likelihood: Likelihood | Heads
     fisher: Fisher
     sharing: Sharing
     position_mask: PositionMask | None
@@ -153,13 +154,9 @@ def _vectors(setup: Setup, columns: slice, seen: list[int]) -> VectorsFn:
     likelihood, make = setup.likelihood, setup.fisher.vectors
 
     def vectors(outputs: Any, targets: Any, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        f = likelihood.canonical(outputs)
-        fixed = f.detach()
-        count = likelihood.denominator(fixed, targets)
-        if make is None:
-            return f, fixed[None], count
-        made = make(likelihood, fixed, targets, key)
-        seen.append(made.shape[0])
+        f, made, count = joint_vectors(likelihood, make, outputs, targets, key)
+        if make is not None:
+            seen.append(made.shape[0])
         return f, made[columns], count
 
     return vectors
@@ -267,5 +264,5 @@ def reduced(
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
     number = torch.full((), float(counts.shape[0]), dtype=wide, device=counts.device)
     zero = torch.zeros_like(number)
-    once = Counters(zero, number, counts.to(wide).sum()) if chunk.first else Counters(*[zero] * 3)
+    once = Counters(zero, number, counts.to(wide).sum(0)) if chunk.first else Counters(*[zero] * 3)
     return Counted(made, squares, once)

@@ -16,12 +16,12 @@ from jdfunc.curvature.layout import Layer, Layout
 
 
 class Counters(NamedTuple):
-    """What the sums of a state are divided by, float64 [].
+    """What the sums of a state are divided by, float64 [] (float32 on MPS).
 
     Attributes:
         batches: how many batches went in.
         examples: how many examples.
-        denominator: what the likelihood divides a mean by.
+        denominator: what the likelihood divides a mean by; of several heads [3 K].
     """
 
     batches: Tensor

@@ -20,6 +20,7 @@ from jdfunc.curvature.finalize import (
     zero_blocks,
 )
 from jdfunc.curvature.passes import Counted, Setup, batch_sums
+from jdfunc.curvature.several import counted
 from jdfunc.curvature.state import Counters, State, init_state, zero_eigenvalues
 from jdfunc.random import Key
 
@@ -34,7 +35,7 @@ def init(setup: Setup, params: Any) -> State:
     Returns:
         A state of zeros.
     """
-    return init_state(
+    state = init_state(
         setup.layout,
         params,
         joint_bias=setup.joint_bias,
@@ -42,6 +43,9 @@ def init(setup: Setup, params: Any) -> State:
         expanded=setup.eigenvalues and setup.sharing.sums,
         dtype=setup.precision.factors,
     )
+    zeros = state.counters.denominator.new_zeros(counted(setup.likelihood))
+    counters = state.counters._replace(denominator=zeros)
+    return state._replace(counters=counters, eigen_counters=counters)
 
 
 def update(

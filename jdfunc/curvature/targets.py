@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # Dynamo does not trace the annotations of inner functions
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ class Labelled(NamedTuple):
 
 
 def holds_labels(targets: Any) -> bool:
-    """Tell whether targets bring labels of their own."""
+    """Tell whether targets bring labels of their own, those of every head where there are heads."""
+    if isinstance(targets, Mapping):
+        return bool(targets) and all(holds_labels(own) for own in targets.values())
     while isinstance(targets, Weighted):
         targets = targets.target
     return isinstance(targets, Labelled)

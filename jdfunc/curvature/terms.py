@@ -134,7 +134,10 @@ def canonical_outputs(outputs: Any, class_axis: int | None = None) -> Tensor:
         ValueError: they are not floating point, or have no such axis.
     """
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"expected outputs to be one tensor, got {type(outputs).__name__}")
+        raise TypeError(
+            f"expected outputs to be one tensor, got {type(outputs).__name__}; the likelihood of a "
+            "dict of heads is several({head: likelihood, ...})"
+        )
     if not outputs.is_floating_point():
         raise ValueError(f"expected floating-point outputs, got {outputs.dtype}")
     shape = tuple(outputs.shape)
