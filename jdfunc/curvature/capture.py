@@ -121,7 +121,8 @@ def captured(
 
         def pseudo_losses(named: Named) -> tuple[Tensor, list[Tensor]]:
             f, v, count = vectors(run(named), targets, key.squeeze(0))
-            return (v * f).flatten(1).sum(1), [count, *_masks(position_mask, inputs)]
+            # A product of matrices, whose pullback of V units takes V C numbers, and not V² C.
+            return v.flatten(1) @ f.flatten().to(v.dtype), [count, *_masks(position_mask, inputs)]
 
         return tapped(
             pseudo_losses,
