@@ -86,11 +86,7 @@ def eigh_all(
         ValueError: a matrix holds NaN or inf: the message has its name.
     """
     for name, matrix in matrices.items():
-        if looks(matrix) and not bool(torch.isfinite(matrix).all()):
-            raise ValueError(
-                f"expected finite factors, got NaN or inf in that of {name!r}: look at the losses "
-                "and at the gradients of the batches that went into it"
-            )
+        check_finite(name, matrix)
     groups: dict[tuple[int, torch.dtype], list[str]] = {}
     for name, matrix in matrices.items():
         groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(name)
@@ -104,6 +100,15 @@ def eigh_all(
         parts = zip(names, values.split(sizes), vectors.split(sizes), strict=True)
         found |= {name: (value, vector) for name, value, vector in parts}
     return found
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that what a factor is made of is finite, where values can be looked at."""
+    if looks(tensor) and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"expected finite factors, got NaN or inf in that of {name!r}: look at the losses and "
+            "at the gradients of the batches that went into it"
+        )
 
 
 def completed(reduced: Tensor, full: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
