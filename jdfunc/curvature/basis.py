@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdfunc.curvature.blocks import Factors
-from jdfunc.curvature.eigen import completed, eigh_all
+from jdfunc.curvature.eigen import check_finite, completed, eigh_all
 from jdfunc.curvature.layout import Layout
 
 
@@ -50,6 +50,7 @@ def basis_of(
         rest = joined(expanded[layer.name]) if layer.name in expanded else (None, None)
         for side, full, place in zip(sides, rest, ("left", "right"), strict=True):
             name = f"{layer.name}, {place}"
+            check_finite(name, side)
             if side.ndim == 2:
                 bases[name] = ()
             elif full is None:
@@ -61,6 +62,7 @@ def basis_of(
             name, matrix = block.params[0], factors[block.params[0]]
             assert isinstance(matrix, Tensor)
             bases[f"{name}, left"] = ()
+            check_finite(name, matrix)
             if block.rule.full:
                 matrices[f"{name}, right"] = matrix
             else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jdfunc.curvature.basis import Basis
-from jdfunc.curvature.eigen import eigh, eigh_all
+from jdfunc.curvature.eigen import check_finite, eigh, eigh_all
 from jdfunc.curvature.factors import rows_of
 from jdfunc.curvature.layout import Layer
 from jdfunc.curvature.pairs import Pair, activation_moment, pairs_of, second_moment
@@ -62,7 +62,9 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
             sides = [pair.augmented() for pair in parts] if number < width else []
             few = [stacked(side) for side in sides if isinstance(side, Tensor)]
             if few and len(few) == len(sides):
-                thin[name] = thin_basis(torch.cat(few, 1), dtype)
+                joined = torch.cat(few, 1)
+                check_finite(name, joined)
+                thin[name] = thin_basis(joined, dtype)
             else:
                 found = [activation_moment(pair, width, diagonal=False) for pair in parts]
                 moments[name] = sum(found[1:], found[0])
@@ -71,6 +73,7 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
             name = f"{rest.params[0]}, right"
             rows = torch.cat([rows_of(rest, c.cap, setup.precision.factors) for c in chunks])[None]
             if rows.shape[1] < rows.shape[2]:
+                check_finite(name, rows)
                 thin[name] = thin_basis(rows, dtype)
             else:
                 moments[name] = second_moment(rows, diagonal=False)
