@@ -72,6 +72,12 @@ def pairs_of(
             mask = cap.mask[:, None, None] if isinstance(cap.mask, Tensor) else None
             fits = mask is not None and mask.shape[-1] == positions(a)
             pairs.append(Pair(a, g, one, mask if fits else None))
+    if len(pairs) != len(layer.uses):
+        raise ValueError(
+            f"expected {len(layer.uses)} uses of {layer.name!r} that reach the loss, as in the "
+            f"layout, got {len(pairs)}; where the likelihood reads some of the outputs only, make "
+            "the layout from a model that returns these, or exclude the parameters of the others"
+        )
     return [_grouped(layer, pairs)] if layer.sliced else pairs
 
 
