@@ -20,6 +20,7 @@ from jdfunc.curvature.layout import Layer, Layout, Rest
 from jdfunc.curvature.pairs import (
     Pair,
     activation_moment,
+    check_reached,
     pairs_of,
     second_moment,
     side_moment,
@@ -86,6 +87,8 @@ def factor_sums(
 
 def rows_of(rest: Rest, cap: Captured, dtype: torch.dtype | None) -> Tensor:
     """Return the rows of the parameters of a block, one after the other: [n·V, p]."""
+    for name in rest.params:
+        check_reached(name, int(name in cap.rows), 1)
     rows = [
         cap.rows[name].reshape(-1, max(1, cap.rows[name][0, 0].numel())) for name in rest.params
     ]

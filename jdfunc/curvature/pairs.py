@@ -72,13 +72,18 @@ def pairs_of(
             mask = cap.mask[:, None, None] if isinstance(cap.mask, Tensor) else None
             fits = mask is not None and mask.shape[-1] == positions(a)
             pairs.append(Pair(a, g, one, mask if fits else None))
-    if len(pairs) != len(layer.uses):
-        raise ValueError(
-            f"expected {len(layer.uses)} uses of {layer.name!r} that reach the loss, as in the "
-            f"layout, got {len(pairs)}; where the likelihood reads some of the outputs only, make "
-            "the layout from a model that returns these, or exclude the parameters of the others"
-        )
+    check_reached(layer.name, len(pairs), len(layer.uses))
     return [_grouped(layer, pairs)] if layer.sliced else pairs
+
+
+def check_reached(name: str, found: int, wanted: int) -> None:
+    """Check that as many uses of a parameter reach the loss as reached the outputs."""
+    if found != wanted:
+        raise ValueError(
+            f"expected {wanted} uses of {name!r} that reach the loss, as in the layout, got "
+            f"{found}; where the likelihood reads some of the outputs only, make the layout from a "
+            "model that returns these, or exclude the parameters of the others"
+        )
 
 
 def _grouped(layer: Layer, pairs: list[Pair]) -> Pair:
