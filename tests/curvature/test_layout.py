@@ -458,8 +458,17 @@ def test_outputs_of_several_tensors_take_a_likelihood_that_chooses():
     second = likelihood._replace(canonical=lambda out: likelihood.canonical(out["z"]))
     y = randn(5, 2)
     for choice, key, zero in ((first, "y", "v"), (second, "z", "w")):
-        one = lambda p, b, x, key=key: problem[0](p, b, x)[key]  # noqa: E731
         est = cv.ekfac(layout, likelihood=choice, fisher=cv.type2())
+        with pytest.raises(ValueError, match=f"1 uses of '{zero}' that reach the loss"):
+            cv.build(est, *problem[1:3], [(problem[3], y if key == "y" else y[:, 0])])
+        layout_of_it = layout_of(problem, rules={zero: cv.excluded})
+        if zero == "w":
+            est = cv.ekfac(layout_of_it, likelihood=choice, fisher=cv.type2())
+            with pytest.raises(ValueError, match="1 uses of 'b' that reach the loss"):
+                cv.build(est, *problem[1:3], [(problem[3], y[:, 0])])
+            layout_of_it = layout_of(problem, rules={"w": cv.excluded, "b": cv.excluded})
+        one = lambda p, b, x, key=key: problem[0](p, b, x)[key]  # noqa: E731
+        est = cv.ekfac(layout_of_it, likelihood=choice, fisher=cv.type2())
         targets = y if key == "y" else y[:, 0]
         curv = cv.build(est, *problem[1:3], [(problem[3], targets)], cache_limit=0)
         alone = (one, *problem[1:])
