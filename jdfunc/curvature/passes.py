@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jdfunc import pytrees, random
+from jdfunc.checks import check_buffers
 from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.capture import Captured, PositionMask, UseOf, VectorsFn, activations, captured
 from jdfunc.curvature.damping import Damping
@@ -92,7 +93,7 @@ def chunks(
         ValueError: the batch is empty, or vectors are to be drawn without a key.
         TypeError: the batch is no pair.
     """
-    layout, fisher = setup.layout, setup.fisher
+    layout, fisher, buffers = setup.layout, setup.fisher, check_buffers(buffers)
     inputs, targets = _pair(batch)
     n = num_examples((inputs, targets), (layout.batch_dim, 0))
     if n == 0:
@@ -130,6 +131,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         raise TypeError(
             "expected a batch (inputs, targets), where targets are tensors with an example axis in "
             f"front, got {type(batch).__name__} {kinds}".rstrip()
+            + "; data is a list or a loader of such pairs"
         )
     return batch[0], batch[1]
 

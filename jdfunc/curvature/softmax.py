@@ -148,7 +148,8 @@ def _probabilities(f: Tensor, y: Any, class_axis: int, ignore_index: int) -> tup
     if y.shape != f.shape[:-1] or y.dtype == torch.bool:
         raise ValueError(
             f"expected integer labels of shape {tuple(f.shape[:-1])}, got {y.dtype} of shape "
-            f"{tuple(y.shape)}"
+            f"{tuple(y.shape)}, for outputs that have their {f.shape[-1]} classes on axis "
+            f"{class_axis}; class_axis=-1 is that of outputs [b, *terms, C]"
         )
     kept = y != ignore_index
     return _one_hot(wide(f), torch.where(kept, y, 0)), kept * everything

@@ -185,6 +185,7 @@ def test_chunks_of_vectors_and_examples() -> None:
     close(cv.trace(chunked), cv.trace(build(heads())))
 
 
+@pytest.mark.slow
 def test_monte_carlo_and_signs_are_unbiased() -> None:
     """The mean trace over 200 keys lies within 4 standard errors of the exact one."""
     exact = float(cv.trace(build(heads())))
@@ -273,16 +274,40 @@ def test_averages_of_batches_of_different_sizes() -> None:
     close(cv.trace(est.finalize(state)), wanted)
 
 
-def test_under_vmap_over_models() -> None:
-    est = cv.kfac(LAYOUT, likelihood=heads(), fisher=cv.type2())
+def _trace(est: Any, params: Any, x: Tensor, y: Any) -> Tensor:
+    """The trace of one batch, all steps by hand."""
+    state = est.refresh(est.update(est.init(params), params, None, (x, y)))
+    if est.setup.eigenvalues:
+        state = est.update_eigenvalues(state, params, None, (x, y))
+    return cv.trace(est.finalize(state))
+
+
+@pytest.mark.parametrize("method", [cv.kfac, cv.ekfac])
+def test_under_vmap_over_models(method: Any) -> None:
+    est = method(LAYOUT, likelihood=heads(), fisher=cv.type2())
     stacked = pytrees.map(lambda p: torch.stack([p, 0.5 * p]), PARAMETERS)
-
-    def trace(params: Any) -> Tensor:
-        return cv.trace(est.finalize(est.update(est.init(params), params, {}, (X, TARGETS))))
-
-    traces = torch.vmap(trace)(stacked)
+    traces = torch.vmap(lambda params: _trace(est, params, X, TARGETS))(stacked)
     for k in range(2):
-        close(traces[k], trace(pytrees.map(lambda p, k=k: p[k], stacked)))
+        close(traces[k], _trace(est, pytrees.map(lambda p, k=k: p[k], stacked), X, TARGETS))
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_compiled() -> None:
+    est = cv.ekfac(LAYOUT, likelihood=heads(), fisher=cv.type2())
+    state = est.refresh(est.update(est.init(PARAMETERS), PARAMETERS, {}, (X, TARGETS)))
+
+    def step(state: Any, x: Tensor, y: Any) -> Any:
+        return est.update_eigenvalues(state, PARAMETERS, {}, (x, y))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    close(cv.trace(est.finalize(compiled(state, X, TARGETS))), _trace(est, PARAMETERS, X, TARGETS))
+
+
+def test_labels_of_some_heads_need_a_key_for_the_others() -> None:
+    some = {k: Labelled(TARGETS[k], LABELS[k]) if k == "tag" else TARGETS[k] for k in TARGETS}
+    with pytest.raises(ValueError, match="expected a key"):
+        build(heads(), "mc", data=[(X, some)])
 
 
 def test_what_cannot_be_exact_is_nan_under_vmap() -> None:
