@@ -1,10 +1,10 @@
 """Several heads on one trunk: outputs are independent given x, so that F = Σ_k ω_k w_k F_k.
 
 The vectors of all heads go back through one model, each zero in the outputs of the others. What
-they add up to has one factor w, that of the first head; those of the others are put into their
-vectors, √(w_k / w) v. Means have w_k = 1 / Σ_n d_k(n), where example n adds d_k(n) to the divisor,
-and one pass knows w_k / w_1 = d_1(n) / d_k(n) if that is the same number for every example. Whether
-it was is known in the end, since (Σ_n d_1 d_k)² = Σ_n d_1² Σ_n d_k² only then.
+they add up to has one factor w; the rest of each head's is put into its vectors, √(w_k / w) v.
+Means have w_k = 1 / Σ_n d_k(n), where example n adds d_k(n) to the divisor. With d = Σ_k d_k and
+w = 1 / Σ_n d(n), one pass knows w_k / w = d(n) / d_k(n) if that is the same number for every
+example. Whether it was is known in the end, since (Σ_n d d_k)² = Σ_n d² Σ_n d_k² only then.
 """
 
 from __future__ import annotations  # Dynamo does not trace the annotations of inner functions
@@ -34,7 +34,7 @@ class Heads(NamedTuple):
         likelihoods: by head.
         weights: ω, by head.
         divisors: what an example adds to the divisor of a mean, by head; of some heads.
-        reduction: ``(denominator, examples, batches, num_data) -> w`` of the first head.
+        reduction: ``(denominator, examples, batches, num_data) -> w``.
     """
 
     likelihoods: dict[str, Likelihood]
@@ -66,7 +66,7 @@ def several(
 
     Returns:
         What `ekfac` and `kfac` take as a likelihood. Exact for sums, and for means where each head
-        adds in fixed proportion to the first (any fixed shapes; or one mask for all heads). For
+        adds in fixed proportion to the others (any fixed shapes; or one mask for all heads). For
         other means ``refresh`` and ``finalize`` raise ValueError, with the divisors that make them
         exact; under transforms and in compiled code, which see no values, they give NaN.
 
@@ -153,7 +153,7 @@ def counted(likelihood: Likelihood | Heads) -> tuple[int, ...]:
         likelihood: of one head or of several.
 
     Returns:
-        () of one head; of several (3 K,), Σ d_k, Σ d_1 d_k and Σ d_k².
+        () of one head; of several (3 K,), Σ d_k, Σ d d_k and Σ d_k².
     """
     return (3 * len(likelihood.likelihoods),) if isinstance(likelihood, Heads) else ()
 
@@ -175,7 +175,7 @@ def _of_heads(
     d = torch.stack([_exact(d) for d in divisors])
     share = torch.ones_like(d)
     if heads.reduction is not _summed:
-        share = torch.where(d == 0, 0, d[0] / torch.where(d == 0, 1, d))
+        share = torch.where(d == 0, 0, d.sum(0) / torch.where(d == 0, 1, d))
     # Outputs that do not count are differentiated too: the layers below them have zero cotangents.
     others = [pytrees.leaves(outputs[name]) for name in outputs if name not in heads.likelihoods]
     rest = [x.reshape(len(x), -1) for own in others for x in own if x.is_floating_point()]
@@ -185,7 +185,7 @@ def _of_heads(
         own = v.flatten(2) * (heads.weights.get(name, 1.0) * part).sqrt().to(v.dtype)
         rows.append(F.pad(own, (start, f.shape[1] - start - own.shape[2])))
         start += own.shape[2]
-    return f, torch.cat(rows), torch.cat([d, d[0] * d, d * d])
+    return f, torch.cat(rows), torch.cat([d, d.sum(0) * d, d * d])
 
 
 def _check_heads(what: str, heads: Heads, given: Any) -> None:
@@ -219,16 +219,17 @@ def _mean_of(names: list[str]) -> Reduction:
         """The factor of the first head's mean, if it decides those of the others."""
         d, products, squares = denominator.unflatten(-1, (3, len(names)))
         rounding = 1e-9 if d.dtype == torch.float64 else 1e-5
-        proportional = (products.square() >= (1 - rounding) * squares[0] * squares).all()
+        proportional = (products.square() >= (1 - rounding) * products.sum(0) * squares).all()
         if looks(proportional) and not bool(proportional):
-            average = dict(zip(names, (d / examples).tolist(), strict=True))
+            averages = zip(names, (d / examples).tolist(), strict=True)
+            average = {name: value for name, value in averages if value > 0}
             raise ValueError(
                 "expected heads whose means divide by numbers in a fixed proportion, got examples "
                 "that add in different ones (ignored terms, class weights, sequences of different "
                 f"lengths): pass several(..., divisors={average}), which is exact for these data, "
                 "or take sums and weights"
             )
-        return torch.where(proportional, mean_reduction(d[0], examples), torch.nan)
+        return torch.where(proportional, mean_reduction(d.sum(0), examples), torch.nan)
 
     return reduction
 

@@ -261,6 +261,13 @@ def test_one_mask_for_all_heads_is_exact() -> None:
     close(cv.trace(curv), exact + oracle.ggn(head("tag"), LOSSES["tag"], y, "mean").trace())
 
 
+@pytest.mark.parametrize("order", [["tag", "size"], ["size", "tag"]])
+def test_a_head_without_any_term_takes_nothing_from_the_others(order: list[str]) -> None:
+    y = dict(TARGETS, tag=torch.full_like(TARGETS["tag"], -100))
+    curv = build(several({k: MAKERS[k]() for k in order}), data=[(X, y)])
+    close(cv.trace(curv), exact_of("size", "type2", "mean", y["size"], LABELS["size"]).trace())
+
+
 def test_averages_of_batches_of_different_sizes() -> None:
     est = cv.ekfac(LAYOUT, likelihood=heads(), fisher=cv.type2(), decay=0.5)
     state = est.refresh(est.update(est.init(PARAMETERS), PARAMETERS, {}, (X, TARGETS)))
