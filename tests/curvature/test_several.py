@@ -238,6 +238,13 @@ def test_ignored_terms_are_refused_until_their_divisor_is_given() -> None:
     close(cv.trace(curv), sum(exact))
 
 
+def test_the_divisors_that_are_advised_are_those_of_heads_that_have_any() -> None:
+    """Examples that add (1, 0, 2) and (2, 0, 2) to the divisors."""
+    counted = [3, 0, 4, 1 * 3 + 2 * 4, 0, 2 * 3 + 2 * 4, 1 + 4, 0, 4 + 4]
+    with pytest.raises(ValueError, match=r"divisors=\{'tag': 1.5, 'flags': 2.0\}"):
+        heads().reduction(torch.tensor(counted, dtype=torch.float64), torch.tensor(2.0))
+
+
 def test_one_mask_for_all_heads_is_exact() -> None:
     """Divisors that vary in proportion are no obstacle, nor are examples without any term."""
     tags = several({"tag": MAKERS["tag"](), "again": MAKERS["tag"](label_smoothing=0.3)})
