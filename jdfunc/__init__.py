@@ -1,6 +1,6 @@
 """jdfunc: functional Jacobian descent. Train with many objectives at once, on `torch.func`."""
 
-from jdfunc import aggregators, mtl, random, scalarizations, solvers, weightings
+from jdfunc import aggregators, curvature, mtl, random, scalarizations, solvers, weightings
 from jdfunc.aggregators import ema_jacobian, excess_mtl
 from jdfunc.algebra import combine, gram, gram_blocks, row_norms, to_dense
 from jdfunc.checkpoint import load_state_dict, state_dict
@@ -65,6 +65,7 @@ __all__ = [
     "config",
     "constant",
     "cr_mogm",
+    "curvature",
     "db_mtl",
     "dense",
     "diagnose",

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jdfunc import pytrees, random
 from jdfunc.checks import check_buffers
@@ -21,7 +22,7 @@ from jdfunc.types import Buffers, Params
 Progress = Callable[[int, int | None], Any]
 
 #: Memory up to which the activations and cotangents of the data are kept between passes, in bytes.
-CACHE_BYTES = 2**28
+CACHE_BYTES, SMALL_CACHE_BYTES = 2**28, 2**25
 
 
 def build(
@@ -34,7 +35,7 @@ def build(
     num_data: int | None = None,
     progress: Progress | None = None,
     check_determinism: bool = False,
-    cache_limit: int = CACHE_BYTES,
+    cache_limit: int | None = None,
 ) -> Curvature:
     """Curvature of a data set.
 
@@ -55,7 +56,8 @@ def build(
             one that is not needed; total is None if data has no length.
         check_determinism: evaluate the first batch twice, and the first batch of another traversal,
             and compare.
-        cache_limit: in bytes; 0 for no cache.
+        cache_limit: in bytes; 0 for no cache; 256 MiB if None, or 32 MiB where the estimator has a
+            ``chunk_size`` or ``vector_chunk``, as one who sets these is short of memory.
 
     Returns:
         The curvature.
@@ -81,6 +83,9 @@ def build(
             "set; leave decay out, or call update for every batch of a stream"
         )
     buffers = check_buffers(buffers)
+    if cache_limit is None:
+        chunked = setup.chunk_size is not None or setup.vector_chunk is not None
+        cache_limit = SMALL_CACHE_BYTES if chunked else CACHE_BYTES
     if check_determinism:
         _check_repeats(est, params, buffers, data, key)
     steps = partial(_traversal, data, key, progress, 2 if setup.eigenvalues else 1)
@@ -149,7 +154,7 @@ def _from_cache(est: Estimator, state: State, cache: list[Chunk]) -> State:
     total: Counted | None = None
     for chunk in cache:
         sums = reduced(setup, chunk, factors=False, basis=state.basis)
-        total = sums if total is None else pytrees.map(torch.add, total, sums)
+        total = sums if total is None else pytrees.map(Tensor.add_, total, sums)
     assert total is not None  # at least one batch
     return state._replace(
         eigenvalues=total.eigenvalues, counters=total.counters, eigen_counters=total.counters

@@ -19,7 +19,8 @@ class Curvature(NamedTuple):
 
     A metric for `jdfunc.jd_step` and `jdfunc.gramian`: called, it is the inverse. Each call then
     solves the eigenvalue problems of its `Factors`; `jdfunc.curvature.inverse` solves them once,
-    and what it returns is a metric too.
+    and what it returns is a metric too. To save it, save the state that it was made of
+    (`jdfunc.curvature.state_dict`).
 
     Attributes:
         layout: the blocks, static; every parameter belongs to one of them.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: Jitters of the retries, in mean diagonal elements.
 JITTERS = (1e-10, 1e-9, 1e-8, 1e-7)
+#: Larger matrices are decomposed one by one: stacking them costs memory and saves nothing.
+LARGE = 512
 
 
 def eigh(matrix: Tensor, dtype: torch.dtype | None = torch.float64) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def looks(tensor: Tensor) -> bool:
 def eigh_all(
     matrices: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float64
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Decompose many matrices [h, d, d], those of one size in one call.
+    """Decompose many matrices [h, d, d]; small ones of one size in one call.
 
     Args:
         matrices: by name.
@@ -92,8 +94,8 @@ def eigh_all(
         groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(name)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for names in groups.values():
-        if len(names) == 1:
-            found[names[0]] = eigh(matrices[names[0]], dtype)
+        if len(names) == 1 or matrices[names[0]].shape[-1] > LARGE:
+            found |= {name: eigh(matrices[name], dtype) for name in names}
             continue
         sizes = [matrices[name].shape[0] for name in names]
         values, vectors = eigh(torch.cat([matrices[name] for name in names]), dtype)

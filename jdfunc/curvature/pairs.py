@@ -17,7 +17,8 @@ from jdfunc.curvature.layout import Layer
 from jdfunc.factored import products
 from jdfunc.factored.leaves import OneHot, Side, positions, stacked
 
-#: A second moment of wider sides is computed in strips, since it is symmetric.
+#: A second moment of wider sides is computed in strips, since it is symmetric; but not of few
+#: vectors, for which strips are too thin.
 WIDE = 256
 
 
@@ -50,7 +51,7 @@ class Pair(NamedTuple):
         side = self.activation
         tensor = side.indices if isinstance(side, OneHot) else side
         if self.present is not None:
-            return self.present.double().sum((0, 1, 3)).expand(groups)
+            return self.present.double().sum((0, 1, 3)).repeat(groups // self.present.shape[2])
         number = float(tensor.shape[0] * positions(side))
         return torch.full((groups,), number, dtype=torch.float64, device=tensor.device)
 
@@ -169,7 +170,7 @@ def second_moment(vectors: Tensor, *, diagonal: bool) -> Tensor:
     """Return Σ x xᵀ of vectors [h, n, d]: [h, d, d], or its diagonal [h, d]."""
     if diagonal:
         return vectors.square().sum(1)
-    if vectors.shape[0] == 1 and vectors.shape[-1] >= WIDE:
+    if vectors.shape[0] == 1 and WIDE <= vectors.shape[-1] <= vectors.shape[1]:
         columns = vectors[0].mT
         return products.product(columns, columns, symmetric=True)[None]
     return vectors.mT @ vectors

@@ -13,6 +13,7 @@ from jdfunc.checks import check_buffers
 from jdfunc.curvature.basis import Basis
 from jdfunc.curvature.capture import Captured, PositionMask, UseOf, VectorsFn, activations, captured
 from jdfunc.curvature.damping import Damping
+from jdfunc.curvature.eigen import looks
 from jdfunc.curvature.eigenvalues import eigenvalue_sums
 from jdfunc.curvature.factors import Moments, factor_sums
 from jdfunc.curvature.fishers import Fisher
@@ -229,11 +230,16 @@ def batch_sums(
     total: Counted | None = None
     for chunk in chunks(setup, params, buffers, batch, key):
         sums = reduced(setup, chunk, factors=factors, basis=basis)
-        total = sums if total is None else pytrees.map(torch.add, total, sums)
+        total = sums if total is None else pytrees.map(_plus, total, sums)
         del chunk, sums  # before the next one is captured
     assert total is not None  # chunks of at least one example
     one = torch.ones_like(total.counters.batches)
     return total._replace(counters=total.counters._replace(batches=one))
+
+
+def _plus(total: Tensor, more: Tensor) -> Tensor:
+    """Add in place, but below transforms: what is the same for all members cannot take theirs."""
+    return total.add_(more) if looks(more) else total + more
 
 
 def reduced(

@@ -136,8 +136,9 @@ def _with_eigenvalues(setup: Setup, state: State, sums: Counted) -> State:
 
 def _added(setup: Setup, total: Any, sums: Any) -> Any:
     """Σ ← decay Σ + new, for sums and for what divides them alike: an average without bias."""
-    decay = 1.0 if setup.decay is None else setup.decay
-    return pytrees.map(lambda old, new: decay * old + new.to(old.dtype), total, sums)
+    if setup.decay is None:
+        return pytrees.map(lambda old, new: old + new.to(old.dtype), total, sums)
+    return pytrees.map(lambda old, new: setup.decay * old + new.to(old.dtype), total, sums)
 
 
 def _refresh_is_due(setup: Setup, state: State) -> bool:

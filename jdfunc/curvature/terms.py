@@ -136,7 +136,8 @@ def canonical_outputs(outputs: Any, class_axis: int | None = None) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"expected outputs to be one tensor, got {type(outputs).__name__}; the likelihood of a "
-            "dict of heads is several({head: likelihood, ...})"
+            "dict of heads is several({head: likelihood, ...}); of the apply_fn of "
+            "model_to_function, which also returns buffers, take the first: apply_fn(p, b, x)[0]"
         )
     if not outputs.is_floating_point():
         raise ValueError(f"expected floating-point outputs, got {outputs.dtype}")

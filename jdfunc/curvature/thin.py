@@ -66,8 +66,9 @@ def spanned_basis(setup: Setup, chunks: Sequence[Chunk]) -> dict[str, Basis]:
                 check_finite(name, joined)
                 thin[name] = thin_basis(joined, dtype)
             else:
-                found = [activation_moment(pair, width, diagonal=False) for pair in parts]
-                moments[name] = sum(found[1:], found[0])
+                moments[name] = activation_moment(parts[0], width, diagonal=False)
+                for pair in parts[1:]:
+                    moments[name] += activation_moment(pair, width, diagonal=False)
     for rest in setup.layout.rests:
         if rest.rule.covered and rest.rule.full:
             name = f"{rest.params[0]}, right"

@@ -84,7 +84,12 @@ def block_rows(
 
     Returns:
         Rows of M [h, i, j].
+
+    Raises:
+        ValueError: a leaf has another number of row axes, or another shape behind them.
     """
+    for name, shape in zip(block.params, block.shapes, strict=True):
+        _check_row_axes(name, shape, named[name], row_ndim)
     parts = [
         _part_uses(named[name], part, block.axis, row_ndim, dtype)
         for name, part in zip(block.params, block.parts, strict=True)
@@ -99,6 +104,17 @@ def block_rows(
             _append(uses, _padded(use, block, part, start))
         start += part[block.axis]
     return tuple(uses)
+
+
+def _check_row_axes(name: str, shape: Shape, leaf: Any, row_ndim: int) -> None:
+    dense = isinstance(leaf, Tensor)
+    axes = leaf.ndim - len(shape) if dense else len(factored.rows_shape(leaf))
+    if axes != row_ndim or (dense and leaf.shape[axes:] != shape):
+        found = tuple(leaf.shape) if dense else f"factored rows {tuple(factored.rows_shape(leaf))}"
+        raise ValueError(
+            f"expected rows of {name!r} with {row_ndim} row axes in front of {tuple(shape)}, got "
+            f"{found}; say how many there are by row_ndim="
+        )
 
 
 def _part_uses(
