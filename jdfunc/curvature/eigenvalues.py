@@ -141,8 +141,10 @@ def _squares(a: Tensor, g: Tensor, own: Vectors, other: Vectors, one: float | No
         first, second = torch.tril_indices(s, s, device=a.device)
         twice = torch.where(first == second, 1.0, 2.0).to(a.dtype)[:, None]
         aa = a[:, 0, :, first] * a[:, 0, :, second] * twice
-        gg = g[..., first, :] * g[..., second, :]
-        return _product(aa, gg.sum(1))
+        gg = g[:, 0, :, first] * g[:, 0, :, second]
+        for v in range(1, vectors):  # one at a time: pairs take s / 2 times the memory of positions
+            gg = gg + g[:, v, :, first] * g[:, v, :, second]
+        return _product(aa, gg)
 
     def finish(rows: Tensor) -> Tensor:  # [n, h, e, d]
         rows = rows @ own.to(rows.dtype) if late_a and isinstance(own, Tensor) else rows
