@@ -133,14 +133,14 @@ def _cases() -> list:
     found = []
     for k, (name, kind) in enumerate(COMPILED):
         for name_of, method in METHODS.items():
-            quick = k == 0 and method is cv.ekfac
+            quick = k == 0 and method is cv.ekfac  # tracing takes ten seconds and more
             marks = [] if quick else [pytest.mark.slow]
             found.append(
                 pytest.param(
                     name, kind, method, "aot_eager", marks=marks, id=f"{name}-{kind}-{name_of}"
                 )
             )
-    for name, kind in COMPILED[:3]:
+    for name, kind in COMPILED[:2]:
         found.append(
             pytest.param(
                 name, kind, cv.ekfac, "inductor", marks=[pytest.mark.slow], id=f"{name}-inductor"
@@ -150,6 +150,7 @@ def _cases() -> list:
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of inductor
 @pytest.mark.parametrize(("name", "kind", "method", "backend"), _cases())
 def test_compiled_updates_are_the_eager_ones_and_compile_once(name, kind, method, backend):
     """One pass for factors and eigenvalues; other values, keys and states compile nothing new."""
