@@ -143,8 +143,8 @@ def value_and_jd_step(
         ValueError: params are not floating point, the losses depend on none of them, examples are
             coupled where ``batch_dim`` is given, a value is not finite and ``on_nonfinite`` is
             "raise", or ``loss_scale`` is not one positive number.
-        TypeError: ``model_fn``, ``weighting`` or ``linearize`` is no function, the losses are not a
-            tensor, or ``loss_scale`` is no number.
+        TypeError: ``model_fn``, ``weighting``, ``linearize`` or ``metric`` is no function, the
+            losses are not a tensor, or ``loss_scale`` is no number.
 
     Example:
         >>> def model_fn(params, buffers, batch):
@@ -162,6 +162,7 @@ def value_and_jd_step(
         raise TypeError(
             f"expected linearize to be a function such as jdfunc.structured, got {linearize!r}"
         )
+    _check_metric(metric)
     rule = as_rule(weighting)
     if loss_scale is not None:
         linearize = scaled(linearize, loss_scale)
@@ -215,6 +216,7 @@ def gramian(
         tensor([[5., 2.],
                 [2., 1.]])
     """
+    _check_metric(metric)
     if loss_scale is not None:
         linearize = scaled(linearize, loss_scale)
     lin = linearize(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
@@ -261,6 +263,14 @@ def nonfinite_rows(info: JDInfo) -> Tensor:
         own = square.reshape(bad.numel(), bad.numel()).diagonal()
         bad = bad | ~torch.isfinite(own).reshape(bad.shape)
     return bad
+
+
+def _check_metric(metric: Any) -> None:
+    if metric is not None and not callable(metric):
+        raise TypeError(
+            "expected metric to be a function, F⁻¹ of a pytree like the params, or a curvature, "
+            f"got {type(metric).__name__}; of an estimator's state, est.finalize(state) makes one"
+        )
 
 
 def _check_finite(losses: Tensor, gradients: Any) -> None:

@@ -16,6 +16,7 @@ from jdfunc.curvature.estimators import Estimator
 from jdfunc.curvature.passes import Chunk, Counted, Setup, chunks, reduced
 from jdfunc.curvature.state import State
 from jdfunc.curvature.thin import spanned_basis
+from jdfunc.curvature.trees import unrounded
 from jdfunc.random import Key
 from jdfunc.types import Buffers, Params
 
@@ -150,7 +151,8 @@ def _from_cache(est: Estimator, state: State, cache: list[Chunk]) -> State:
     if setup.sharing.sums or any(len(layer.roles) > 1 for layer in setup.layout.layers):
         state = est.refresh(_nonempty(_with_factors(setup, state, cache)))
     else:
-        state = state._replace(basis=spanned_basis(setup, cache))
+        with unrounded([state.step]):
+            state = state._replace(basis=spanned_basis(setup, cache))
     total: Counted | None = None
     for chunk in cache:
         sums = reduced(setup, chunk, factors=False, basis=state.basis)

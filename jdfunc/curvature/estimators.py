@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from jdfunc import pytrees
 from jdfunc.checks import check_positive
 from jdfunc.curvature import steps
@@ -245,6 +247,7 @@ def _estimator(setup: Setup) -> Estimator:
         chunk_size=setup.chunk_size,
         vector_chunk=setup.vector_chunk,
     )
+    _check_precision(setup.precision)
     if setup.decay is not None and not 0 <= setup.decay < 1:
         raise ValueError(f"expected decay in [0, 1), or None for plain sums, got {setup.decay}")
     return Estimator(
@@ -255,6 +258,17 @@ def _estimator(setup: Setup) -> Estimator:
         partial(steps.finalize, setup),
         setup,
     )
+
+
+def _check_precision(precision: Precision) -> None:
+    if not isinstance(precision, Precision):
+        raise TypeError(f"expected a Precision, got {type(precision).__name__}")
+    for name, dtype in zip(precision._fields, precision, strict=True):
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"expected {name} in float32, float64, or None for the dtype of the gradients, "
+                f"float32 at least; got {dtype}"
+            )
 
 
 def _fisher(layout: Layout, fisher: Fisher | None) -> Fisher:

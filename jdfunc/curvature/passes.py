@@ -22,6 +22,7 @@ from jdfunc.curvature.several import Heads, joint_vectors
 from jdfunc.curvature.sharing import Sharing
 from jdfunc.curvature.state import Counters
 from jdfunc.curvature.terms import Likelihood
+from jdfunc.curvature.trees import unrounded
 from jdfunc.examples import num_examples, select
 from jdfunc.random import Key
 
@@ -246,29 +247,29 @@ def reduced(
     setup: Setup, chunk: Chunk, *, factors: bool, basis: Mapping[str, Basis] | None
 ) -> Counted:
     """Return the sums over one chunk; its counters count examples once, and no batch."""
-    layout, precision = setup.layout, setup.precision
+    layout, precision, counts = setup.layout, setup.precision, chunk.cap.counts
     made, squares = {}, {}
-    if factors:
-        made = factor_sums(
-            layout,
-            chunk.cap,
-            chunk.uses,
-            setup.sharing,
-            joint_bias=setup.joint_bias,
-            expanded=setup.eigenvalues and setup.sharing.sums,
-            first=chunk.first,
-            dtype=precision.factors,
-        )
-    if basis is not None:
-        squares = eigenvalue_sums(
-            layout,
-            chunk.cap,
-            chunk.uses,
-            basis,
-            joint_bias=setup.joint_bias,
-            dtype=precision.eigenvalues,
-        )
-    counts = chunk.cap.counts
+    with unrounded([counts]):
+        if factors:
+            made = factor_sums(
+                layout,
+                chunk.cap,
+                chunk.uses,
+                setup.sharing,
+                joint_bias=setup.joint_bias,
+                expanded=setup.eigenvalues and setup.sharing.sums,
+                first=chunk.first,
+                dtype=precision.factors,
+            )
+        if basis is not None:
+            squares = eigenvalue_sums(
+                layout,
+                chunk.cap,
+                chunk.uses,
+                basis,
+                joint_bias=setup.joint_bias,
+                dtype=precision.eigenvalues,
+            )
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
     number = torch.full((), float(counts.shape[0]), dtype=wide, device=counts.device)
     zero = torch.zeros_like(number)

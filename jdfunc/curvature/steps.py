@@ -22,6 +22,7 @@ from jdfunc.curvature.finalize import (
 from jdfunc.curvature.passes import Counted, Setup, batch_sums
 from jdfunc.curvature.several import counted
 from jdfunc.curvature.state import Counters, State, init_state, zero_eigenvalues
+from jdfunc.curvature.trees import unrounded
 from jdfunc.random import Key
 
 
@@ -167,17 +168,17 @@ def refresh(setup: Setup, state: State) -> State:
     """
     if not setup.eigenvalues:
         return state
-    factors, expanded = _divided(setup, state)
-    basis = basis_of(setup.layout, factors, expanded, setup.precision.eigh)
-    like = next(iter(pytrees.leaves(state.factors))).new_zeros(
-        (), dtype=setup.precision.eigenvalues
-    )
-    zeros = zero_eigenvalues(setup.layout, basis, setup.joint_bias, like)
-    if setup.decay is None or not state.basis:
-        none = pytrees.map(torch.zeros_like, state.counters)
-        return state._replace(basis=basis, eigenvalues=zeros, eigen_counters=none)
-    carried = reexpressed(state.eigenvalues, state.basis, basis, setup.layout, setup.joint_bias)
-    return state._replace(basis=basis, eigenvalues=carried)
+    layout, joint = setup.layout, setup.joint_bias
+    with unrounded([state.step]):
+        factors, expanded = _divided(setup, state)
+        basis = basis_of(layout, factors, expanded, setup.precision.eigh)
+        if setup.decay is not None and state.basis:
+            carried = reexpressed(state.eigenvalues, state.basis, basis, layout, joint)
+            return state._replace(basis=basis, eigenvalues=carried)
+    like = pytrees.leaves(state.factors)[0].new_zeros((), dtype=setup.precision.eigenvalues)
+    zeros = zero_eigenvalues(layout, basis, joint, like)
+    none = pytrees.map(torch.zeros_like, state.counters)
+    return state._replace(basis=basis, eigenvalues=zeros, eigen_counters=none)
 
 
 def _divided(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -212,7 +213,7 @@ def finalize(setup: Setup, state: State, num_data: int | None = None) -> Curvatu
         The curvature.
 
     Raises:
-        ValueError: the state has no basis yet.
+        ValueError: the state has no basis yet, or has seen no data.
     """
     layout, joint = setup.layout, setup.joint_bias
     like = next(iter(pytrees.leaves(state.factors)))
@@ -222,14 +223,21 @@ def finalize(setup: Setup, state: State, num_data: int | None = None) -> Curvatu
                 "expected eigenvalues, got a state without a basis: call refresh, and then "
                 "update_eigenvalues for every batch (or use build, which does both)"
             )
+        _check_seen(state.eigen_counters, "update_eigenvalues for every batch")
         w = _weight(setup, state.eigen_counters, num_data)
         blocks = spectral_blocks(layout, state.basis, state.eigenvalues, w, joint)
     else:
+        _check_seen(state.counters, "update for every batch")
         w = _weight(setup, state.counters, num_data)
         only = setup.fisher.vectors is None
         factors = normalised(layout, state.factors, w, forward_only=only)
         blocks = kron_blocks(layout, factors, joint)
     return Curvature(layout.blocks(joint), {**blocks, **zero_blocks(layout, like)}, setup.damping)
+
+
+def _check_seen(counters: Counters, how: str) -> None:
+    if looks(counters.examples) and float(counters.examples) == 0:
+        raise ValueError(f"expected a state that has seen data, got one without: call {how}")
 
 
 def merge(first: State, second: State) -> State:

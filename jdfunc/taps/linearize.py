@@ -73,7 +73,11 @@ def tapped(
     rules = {**(RULES if factored else VMAP_RULES), **(ONE_EXAMPLE_RULES if one_example else {})}
     if torch.compiler.is_compiling():
         return _traced(losses_fn, params, rules, factored, chunk_size, settle)
-    return _eager(losses_fn, params, rules, factored, differentiable, chunk_size, settle)
+    outside = torch.is_grad_enabled()
+    with torch.enable_grad():  # without, some kernels keep nothing for the transform's backward
+        create_graph = differentiable and outside
+        found = _eager(losses_fn, params, rules, factored, create_graph, chunk_size, settle)
+    return found if outside else pytrees.map(Tensor.detach, found)
 
 
 def _eager(
@@ -81,14 +85,13 @@ def _eager(
     params: Named,
     rules: Rules,
     factored: bool,
-    differentiable: bool,
+    create_graph: bool,
     chunk_size: int | None,
     settle: Settle,
 ) -> Any:
     """Ask autograd, inside the transform, for the gradient at the outputs of the uses."""
     # No probe is added to the model, and no shape is needed beforehand.
     names = list(params)
-    create_graph = differentiable and torch.is_grad_enabled()
 
     def run(values: list[Tensor], shadows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         given = dict(zip(names, values, strict=True))
