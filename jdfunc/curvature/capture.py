@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jdfunc import pytrees
+from jdfunc.curvature.trees import unrounded
 from jdfunc.examples import for_each_example, select, warn_if_data_dependent
 from jdfunc.factored.leaves import OneHot, Outer, Side, materialise
 from jdfunc.taps.linearize import Named, sides, tapped
@@ -122,7 +123,9 @@ def captured(
         def pseudo_losses(named: Named) -> tuple[Tensor, list[Tensor]]:
             f, v, count = vectors(run(named), targets, key.squeeze(0))
             # A product of matrices, whose pullback of V units takes V C numbers, and not V² C.
-            return v.flatten(1) @ f.flatten().to(v.dtype), [count, *_masks(position_mask, inputs)]
+            with unrounded([v]):
+                losses = v.flatten(1) @ f.flatten().to(v.dtype)
+            return losses, [count, *_masks(position_mask, inputs)]
 
         return tapped(
             pseudo_losses,
