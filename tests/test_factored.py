@@ -324,6 +324,13 @@ def test_strips_save_work(m: int) -> None:
     assert len(recorded_blocks(m, m, m * m, symmetric=True, strips=1)) == 1
 
 
+def test_strips_save_work_where_blocks_are_bounded_too() -> None:
+    """A bound between that of a strip and that of the whole does not make the strips higher."""
+    blocks = recorded_blocks(64, 64, 64 * 64 - 1, symmetric=True, strips=4)
+    assert {b - a for a, b, _, _ in blocks} == {16}
+    assert sum((b - a) * (d - c) for a, b, c, d in blocks) == 5 / 8 * 64 * 64
+
+
 @pytest.mark.parametrize(("m", "n", "strips"), [(63, 4096, 1), (64, 4096, 2), (64, 4095, 1),
                                                 (255, 4096, 2), (256, 5, 4)])  # fmt: skip
 def test_products_are_cut_where_it_pays(m: int, n: int, strips: int, monkeypatch: Any) -> None:

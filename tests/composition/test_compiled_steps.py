@@ -94,7 +94,8 @@ def _parts(value: Any) -> list[Any]:
 
 
 def marked(cell: Any) -> Any:
-    return pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow)
+    name = "-".join(str(part).removeprefix("torch.") for part in cell)
+    return pytest.param(*cell, id=name, marks=() if cell in FAST else pytest.mark.slow)
 
 
 def test_the_sample_is_part_of_the_matrix() -> None:

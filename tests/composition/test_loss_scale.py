@@ -456,7 +456,7 @@ def test_groups_are_joined_and_nothing_is_refused() -> None:
     grams = {"a": torch.eye(2), "b": torch.diag(torch.tensor([1.0, torch.nan]))}
     info = jd.JDInfo(torch.zeros(2), grams, None, (), ())
     assert nonfinite_rows(info).tolist() == [False, True]
-    for nothing in (None, {"a": None}):
+    for nothing in (None, {"a": None}, grams | {"c": None}):
         with pytest.raises(ValueError, match="Gramian"):
             nonfinite_rows(info._replace(gramian=nothing))
     scalar = jd.JDInfo(torch.zeros(()), torch.tensor(torch.inf), torch.ones(()), (), ())
