@@ -236,3 +236,13 @@ def test_more_classes_than_memory():
     assert layout.bytes_each == 8 * classes
     curv = cv.build(est, params, None, [(x, torch.tensor([5]))])
     assert_near(cv.trace(curv), trace, 1e-11)
+
+
+def test_bases_of_few_vectors_are_thin():
+    """Three examples of one vector each: no side needs more than three columns."""
+    params, x = {"w": randn(8, 9)}, randn(3, 9)
+    layout = cv.curvature_layout(lambda p, b, x: F.linear(x, p["w"]), params, None, x)
+    est = cv.ekfac(layout, likelihood=cv.mse(), fisher=cv.empirical())
+    for limit, columns in ((2**28, (3, 3)), (0, (8, 9))):
+        held = cv.build(est, params, None, [(x, randn(3, 8))], cache_limit=limit).blocks["w"]
+        assert (held.left.shape[-1], held.right.shape[-1]) == columns

@@ -526,3 +526,12 @@ def test_layouts_hold_no_tensors():
     assert all(x.device.type == "meta" for x in [layout.outputs])
     assert "tensor(" not in layout.fingerprint()
     assert layout.bytes_fixed > 0 < layout.bytes_each
+
+
+def test_a_bias_without_a_gradient_goes_with_one_weight():
+    """Everything is zero here, so that the bias would fit both layers."""
+    problem = given(
+        lambda p, b, x: 0 * (linear(p, b, x) + F.linear(x.sin(), p["v"], p["b"])), v=randn(2, 3)
+    )
+    names = [name for block in layout_of(problem).blocks() for name in block.params]
+    assert sorted(names) == ["b", "v", "w"]
