@@ -168,7 +168,7 @@ def test_dense_blocks_are_those_that_fit(name):
     """Parameters of one module together, each on its own, its diagonal."""
     problem = NETS[name].build()
     sizes = {k: v.numel() for k, v in problem[1].items()}
-    for dense_max in (1, 3, 6, 1000):
+    for dense_max in (1, 3, 6, 8, 1000):
         layout = layout_of(problem, dense_max=dense_max)
         modules: dict[str, int] = {}
         for rest in layout.rests:
@@ -185,6 +185,9 @@ def test_dense_blocks_are_those_that_fit(name):
             alone = len({p.rpartition(".")[0] for p in rest.params}) == 1
             assert alone
             assert together or len(rest.params) == 1
+            if together:
+                module = rest.params[0].rpartition(".")[0]
+                assert sum(sizes[param] for param in rest.params) == modules[module]
         check_exact(problem, layout)
 
 
