@@ -28,7 +28,7 @@ THIRD_PARTY = {"torch", "optree", "jaxtyping"}
 #: Optional packages, imported inside functions.
 OPTIONAL = {
     "solvers.qp": {"numpy", "scipy", "qpsolvers", "quadprog"},
-    "curvature.linear_operator": {"numpy", "scipy"},
+    "curvature.operate.linear_operator": {"numpy", "scipy"},
 }
 MAX_FILE, MAX_FUNCTION = 300, 50
 files = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from jdfunc import curvature as cv
 from jdfunc import pytrees
 from jdfunc.curvature.blocks import Block, params_of
-from jdfunc.curvature.targets import Labelled
+from jdfunc.curvature.losses.targets import Labelled
 
 KEY = 7
 SAMPLES = 2

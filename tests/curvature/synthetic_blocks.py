@@ -10,8 +10,8 @@ from torch import Tensor
 
 from jdfunc import pytrees
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
-from jdfunc.curvature.curvature import Curvature
-from jdfunc.curvature.damping import exact
+from jdfunc.curvature.operate.curvature import Curvature
+from jdfunc.curvature.operate.damping import exact
 from jdfunc.factored.leaves import OneHot, Outer, Tied
 
 F64 = torch.float64

@@ -12,10 +12,10 @@ from synthetic_blocks import LAYOUT, close, curvature, eye, group_matrices, matr
 from torch import Tensor
 
 from jdfunc import pytrees
-from jdfunc.curvature import damping as rules
 from jdfunc.curvature.blocks import Block, Spectrum
-from jdfunc.curvature.operators import inverse, power, to_dense
-from jdfunc.curvature.scalars import logdet
+from jdfunc.curvature.operate import damping as rules
+from jdfunc.curvature.operate.operators import inverse, power, to_dense
+from jdfunc.curvature.operate.scalars import logdet
 
 NAMES = pytrees.names(synthetic.params_tree())
 # float64, condition numbers up to 1e4: 1e-10 leaves two digits

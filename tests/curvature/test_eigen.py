@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jdfunc.curvature import eigen
 from jdfunc.curvature.eigen import completed, eigh, eigh_all
-from jdfunc.curvature.thin import thin_basis
+from jdfunc.curvature.estimate.thin import thin_basis
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 

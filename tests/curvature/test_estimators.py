@@ -28,9 +28,9 @@ from torch import Tensor
 
 from jdfunc import curvature as cv
 from jdfunc import pytrees
-from jdfunc.curvature.basis import Basis
-from jdfunc.curvature.finalize import reexpressed
-from jdfunc.curvature.targets import Labelled, Weighted
+from jdfunc.curvature.estimate.basis import Basis
+from jdfunc.curvature.estimate.finalize import reexpressed
+from jdfunc.curvature.losses.targets import Labelled, Weighted
 
 TIGHT = 1e-12  # float64, sums of up to a few thousand products
 METHODS = {"kfac": cv.kfac, "ekfac": cv.ekfac}

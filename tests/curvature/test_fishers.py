@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jdfunc.curvature.fishers import (
+from jdfunc.curvature.losses.fishers import (
     Fisher,
     default_fisher,
     empirical,
@@ -20,10 +20,10 @@ from jdfunc.curvature.fishers import (
     signed,
     type2,
 )
-from jdfunc.curvature.likelihoods import bce_with_logits, custom, mse
-from jdfunc.curvature.softmax import cross_entropy
-from jdfunc.curvature.targets import Labelled, Weighted
-from jdfunc.curvature.terms import Likelihood
+from jdfunc.curvature.losses.likelihoods import bce_with_logits, custom, mse
+from jdfunc.curvature.losses.softmax import cross_entropy
+from jdfunc.curvature.losses.targets import Labelled, Weighted
+from jdfunc.curvature.losses.terms import Likelihood
 
 TERMS, CLASSES, PARAMS = (2, 2), 3, 5
 

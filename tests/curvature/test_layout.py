@@ -12,7 +12,7 @@ from nets import NETS
 from torch import Tensor, nn
 
 from jdfunc import curvature as cv
-from jdfunc.curvature.layout import Layout, unused
+from jdfunc.curvature.layouts.layout import Layout, unused
 
 TIGHT = 1e-12
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jdfunc.curvature.likelihoods import bce_with_logits, custom, mse
-from jdfunc.curvature.softmax import cross_entropy
-from jdfunc.curvature.targets import Labelled, Weighted
-from jdfunc.curvature.terms import Likelihood, mean_reduction, sum_reduction
+from jdfunc.curvature.losses.likelihoods import bce_with_logits, custom, mse
+from jdfunc.curvature.losses.softmax import cross_entropy
+from jdfunc.curvature.losses.targets import Labelled, Weighted
+from jdfunc.curvature.losses.terms import Likelihood, mean_reduction, sum_reduction
 from jdfunc.random import fold_in, uniform
 
 # Float64 sums of a few products of numbers below 10: a dozen roundings of 1e-16 each.
@@ -479,7 +479,9 @@ def test_frequencies_of_classes() -> None:
 def test_classes_at_the_edges_of_the_uniform_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first class with a chance for the smallest number there is, the last for the largest."""
     edges = torch.tensor([2.0**-54, 1 - 2.0**-53], dtype=torch.float64)
-    monkeypatch.setattr("jdfunc.curvature.softmax.uniform", lambda key, n: edges.repeat(n // 2))
+    monkeypatch.setattr(
+        "jdfunc.curvature.losses.softmax.uniform", lambda key, n: edges.repeat(n // 2)
+    )
     low = -math.inf
     for logits in ([0.0, 0.0, 0.0], [low, 0.0, 1.0, low], [0.1] * 49, [low, 3.0], [-800.0, 0.0]):
         f = torch.tensor([[logits], [logits]], dtype=torch.float32)
@@ -492,7 +494,7 @@ def test_probabilities_that_do_not_sum_to_one(monkeypatch: pytest.MonkeyPatch) -
     """The largest uniform number is beyond the sum of the probabilities, by rounding."""
     largest = 1 - 2.0**-53
     monkeypatch.setattr(
-        "jdfunc.curvature.softmax.uniform",
+        "jdfunc.curvature.losses.softmax.uniform",
         lambda key, n: torch.full((n,), largest, dtype=torch.float64),
     )
     f = randn(200, 30, seed=1)
@@ -505,7 +507,7 @@ def test_sums_that_grow_where_nothing_is_added(monkeypatch: pytest.MonkeyPatch) 
     cumsum, up = torch.Tensor.cumsum, torch.tensor([0, 2.0**-52, 0], dtype=torch.float64)
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim: cumsum(p, dim) + up)
     monkeypatch.setattr(
-        "jdfunc.curvature.softmax.uniform",
+        "jdfunc.curvature.losses.softmax.uniform",
         lambda key, n: torch.full((n,), 0.5, dtype=torch.float64),
     )
     f = torch.tensor([[0.0, -math.inf, 0.0]], dtype=torch.float64)

@@ -15,11 +15,11 @@ from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from synthetic_blocks import KINDS, curvature, dense, eye, params_tree
 
 from jdfunc import pytrees
-from jdfunc.curvature import linear_operator
-from jdfunc.curvature.curvature import Curvature
-from jdfunc.curvature.damping import exact
-from jdfunc.curvature.linear_operator import as_linear_operator
-from jdfunc.curvature.operators import power
+from jdfunc.curvature.operate import linear_operator
+from jdfunc.curvature.operate.curvature import Curvature
+from jdfunc.curvature.operate.damping import exact
+from jdfunc.curvature.operate.linear_operator import as_linear_operator
+from jdfunc.curvature.operate.operators import power
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -98,8 +98,8 @@ def test_scipy_is_imported_late() -> None:
     assert not any("scipy" in ast.unparse(node) for node in top)
     code = (
         "import sys; sys.modules['scipy'] = None\n"
-        "from jdfunc.curvature.linear_operator import as_linear_operator\n"
-        "from jdfunc.curvature.curvature import Curvature\n"
+        "from jdfunc.curvature.operate.linear_operator import as_linear_operator\n"
+        "from jdfunc.curvature.operate.curvature import Curvature\n"
         "try:\n    as_linear_operator(Curvature((), {}, None), {})\n"
         "except ImportError as error:\n    print('late')\n"
     )

@@ -29,13 +29,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import jdfunc as jd
 from jdfunc import algebra, pytrees
 from jdfunc import curvature as cv
-from jdfunc.curvature import metric as metrics
-from jdfunc.curvature import operators
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
-from jdfunc.curvature.curvature import Curvature
-from jdfunc.curvature.damping import exact, heuristic, per_block, plain, pseudo, relative
-from jdfunc.curvature.metric import metric_gramian
-from jdfunc.curvature.operators import inverse, to_dense
+from jdfunc.curvature.operate import metric as metrics
+from jdfunc.curvature.operate import operators
+from jdfunc.curvature.operate.curvature import Curvature
+from jdfunc.curvature.operate.damping import exact, heuristic, per_block, plain, pseudo, relative
+from jdfunc.curvature.operate.metric import metric_gramian
+from jdfunc.curvature.operate.operators import inverse, to_dense
 from jdfunc.factored.leaves import OneHot, Outer
 
 NAMES = pytrees.names(params_tree())

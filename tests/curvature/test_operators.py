@@ -25,11 +25,11 @@ from synthetic_blocks import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jdfunc import pytrees
-from jdfunc.curvature import operators, scalars
 from jdfunc.curvature.blocks import Block, Factors, Spectrum
-from jdfunc.curvature.curvature import Curvature
-from jdfunc.curvature.damping import exact, per_block, plain, pseudo, relative
-from jdfunc.curvature.operators import matmat, matvec, power, solve, to_dense
+from jdfunc.curvature.operate import operators, scalars
+from jdfunc.curvature.operate.curvature import Curvature
+from jdfunc.curvature.operate.damping import exact, per_block, plain, pseudo, relative
+from jdfunc.curvature.operate.operators import matmat, matvec, power, solve, to_dense
 
 NAMES = pytrees.names(params_tree())
 # float64 and condition numbers up to 1e4, by T4

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jdfunc import curvature as cv
 from jdfunc import pytrees
-from jdfunc.curvature.basis import Basis
+from jdfunc.curvature.estimate.basis import Basis
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts a function when it is imported

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from jdfunc import curvature as cv
 from jdfunc import pytrees
-from jdfunc.curvature.affinity import affinity
-from jdfunc.curvature.several import several
-from jdfunc.curvature.targets import Labelled
+from jdfunc.curvature.losses.several import several
+from jdfunc.curvature.losses.targets import Labelled
+from jdfunc.curvature.operate.affinity import affinity
 
 TOL = 1e-12
 LOSSES = {"tag": oracle.cross_entropy(), "size": oracle.mse(), "flags": oracle.bce()}

@@ -1,0 +1,1 @@
+"""From batches to blocks: what is captured, summed, diagonalised and divided."""

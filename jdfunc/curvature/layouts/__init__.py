@@ -1,0 +1,1 @@
+"""Which block of F every parameter belongs to, found once and checked."""

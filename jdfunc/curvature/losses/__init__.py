@@ -1,0 +1,1 @@
+"""The loss seen from the outputs: likelihoods, their targets, and the kinds of Fisher matrices."""

@@ -1,0 +1,1 @@
+"""What is computed with blocks: powers, scalars, samples, Gramians in the metric."""
