@@ -373,3 +373,25 @@ def test_an_overwritten_input_of_the_first_layer_is_refused(batch_dim: Any) -> N
 
     with pytest.raises(ValueError, match="input of linear with parameter 'w' .* in place"):
         jd.gramian(model_fn, {"w": randn(3, 5)}, randn(4, 5), batch_dim=batch_dim)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("linearize", [jd.structured, jd.dense])
+def test_packed_sequences_are_refused(kind: Any, linearize: Any) -> None:
+    """No transform of torch.func can run them: batch_sizes are read by the kernel."""
+    net = kind(3, 2).double()
+    params = {name: param.detach() for name, param in net.named_parameters()}
+    sizes = torch.tensor([2, 2, 1])
+
+    def model_fn(params: Any, buffers: Any, batch: Tensor) -> Tensor:
+        found = []
+        for x in batch:
+            packed = nn.utils.rnn.PackedSequence(x, sizes)
+            found.append(torch.func.functional_call(net, params, (packed,))[0].data.sum())
+        return torch.stack(found)
+
+    batch = randn(4, 5, 3)
+    with pytest.raises(RuntimeError, match="data pointer"):  # else they need not be refused
+        torch.func.grad(lambda p: model_fn(p, {}, batch).sum())(params)
+    with pytest.raises(ValueError, match="padded"):
+        jd.gramian(model_fn, params, batch, batch_dim=0, linearize=linearize)

@@ -49,11 +49,14 @@ def scaled_embedding(
 
 def recurrent(tap: Tap, func: Any, input: Tensor, hx: Any, *args: Any) -> Any:
     """Rule of lstm, gru, rnn and their cells: the state must belong to the example."""
+    if func not in CELLS and not isinstance(args[1], bool):  # (data, batch_sizes, hx, params, ...)
+        raise ValueError(
+            "expected padded sequences, got a packed one, which torch.func cannot differentiate; "
+            "use torch.nn.utils.rnn.pad_packed_sequence, and leave out what is padding in the loss"
+        )
     # The kernels write into products of the state in place; vmap refuses if only input is batched.
-    packed = isinstance(args[0], Tensor) and not isinstance(hx, (list, tuple)) and func not in CELLS
-    if not packed:  # a packed sequence comes as (data, batch_sizes, hx, params, ...)
-        zero = torch.zeros_like(input).sum()
-        hx = hx + zero if isinstance(hx, Tensor) else [h + zero for h in hx]
+    zero = torch.zeros_like(input).sum()
+    hx = hx + zero if isinstance(hx, Tensor) else [h + zero for h in hx]
     # Below a transform of nothing the kernels are taken apart, as vmap needs them.
     nothing = torch.zeros((), device=input.device)
     below: Any = torch.func.vjp(
