@@ -41,9 +41,10 @@ def curvature_layout(
     """Find the block of F that every parameter belongs to: print it first.
 
     Weights of linear layers, products, matching einsums, convolutions and embeddings get a product
-    of two factors, from the same uses that `structured` keeps; a bias goes with its weight. Every
-    other parameter gets the exact block of its own rows, together with the others of its module,
-    or its diagonal where that is too large.
+    of two factors, from the same uses that `structured` keeps; a bias goes with its weight, unless
+    it is added by hand (``x @ W + b``), which is a parameter like any other. Every other parameter
+    gets the exact block of its own rows, together with the others of its module, or its diagonal
+    where that is too large.
 
     The account is checked: the gradient rebuilt from what was captured, one example at a time, must
     be the one that autograd finds for the batch; and a bias goes with a weight only if its gradient

@@ -19,8 +19,10 @@ class Curvature(NamedTuple):
 
     A metric for `jdfunc.jd_step` and `jdfunc.gramian`: called, it is the inverse. Each call then
     solves the eigenvalue problems of its `Factors`; `jdfunc.curvature.inverse` solves them once,
-    and what it returns is a metric too. To save it, save the state that it was made of
-    (`jdfunc.curvature.state_dict`).
+    and what it returns is a metric too.
+
+    To save it, save the state that it was made of (`jdfunc.curvature.state_dict`). For an ensemble,
+    `torch.vmap` gives back states, and what is computed with curvatures, but no curvatures.
 
     Attributes:
         layout: the blocks, static; every parameter belongs to one of them.
