@@ -315,6 +315,29 @@ def test_refusals() -> None:
 # --- what it is read as -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("estimator", ["kfac", "ekfac"])
+@pytest.mark.parametrize("d", [0.3, 1e-6])
+def test_leverage_scores_and_kernels(estimator: str, d: float) -> None:
+    """diag X (XᵀX + d)⁻¹ Xᵀ of a linear model, whose Σ JᵀJ is half the F of summed squares."""
+    X, y, params = randn(7, 4), randn(7, 1), {"w": randn(1, 4), "b": randn(1)}
+
+    def model(p: Any, buffers: Any, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"], p["b"])
+
+    layout = cv.curvature_layout(model, params, None, X)
+    est = getattr(cv, estimator)(layout, likelihood=cv.mse(reduction=cv.sum))
+    curv = cv.build(est, params, None, [(X, y)])
+    rows = torch.func.jacrev(lambda p: model(p, {}, X)[:, 0])(params)
+    ones = torch.cat([X, torch.ones_like(X[:, :1])], 1)
+    wanted = ones @ torch.linalg.solve(ones.T @ ones + d * eye(5), ones.T)
+    G = 2 * metric_gramian(curv, rows, damping=exact(2 * d))
+    close(G, wanted, TOLERANCE)
+    close(2 * metrics.laplace_variance(curv, rows, 2 * d), wanted.diagonal(), TOLERANCE)
+    if d < 1e-5:  # as many degrees of freedom as parameters
+        assert abs(float(G.trace()) - 5) < 1e-4
+    close(jd.gram(rows), ones @ ones.T, 1e-14)
+
+
 @kinds
 def test_natural_step_raises_no_loss(kind: str) -> None:
     """UPGrad on G_F: J F⁻¹ Jᵀ w ≥ 0. Preconditioning what was projected first does not have it."""

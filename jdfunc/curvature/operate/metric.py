@@ -31,6 +31,9 @@ def metric_gramian(
     KFAC with `plain` or `heuristic` damping, or with none. Elsewhere their sides are rotated and
     the rotated rows materialised, some columns at a time.
 
+    Leverage scores, the diagonal of J (JᵀJ + d)⁻¹ Jᵀ, are that of 2 G where F = 2 Σ JᵀJ (`mse`,
+    reduction `sum`) and the damping is 2 d. Blocks of the NTK, F = 1, are `jdfunc.gram`.
+
     Args:
         curv: F; or what `inverse` returns, which has its damping.
         rows: J₁, a pytree of rows: dense leaves [*rows, *param.shape], or factored ones.
