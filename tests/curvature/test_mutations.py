@@ -1,7 +1,7 @@
 """Gates that bite: each wrong version of one function, and the gate of `test_gates` that sees it.
 
 The gates are distances, of order 1e-14 as the code is. Traces see what is lost or counted twice in
-λ; they cannot see a wrong basis, nor the scale of A, of which the last two tests make sure.
+λ; they cannot see a wrong basis, nor the scale of A, of which the last test makes sure.
 """
 
 from __future__ import annotations
