@@ -23,7 +23,7 @@ from jdfunc.types import Buffers, Params
 Progress = Callable[[int, int | None], Any]
 
 #: Memory up to which the activations and cotangents of the data are kept between passes, in bytes.
-CACHE_BYTES, SMALL_CACHE_BYTES = 2**28, 2**25
+CACHE_BYTES, SMALL_CACHE_BYTES = 2**28, 2**23
 
 
 def build(
@@ -57,7 +57,7 @@ def build(
             one that is not needed; total is None if data has no length.
         check_determinism: evaluate the first batch twice, and the first batch of another traversal,
             and compare.
-        cache_limit: in bytes; 0 for no cache; 256 MiB if None, or 32 MiB where the estimator has a
+        cache_limit: in bytes; 0 for no cache; 256 MiB if None, or 8 MiB where the estimator has a
             ``chunk_size`` or ``vector_chunk``, as one who sets these is short of memory.
 
     Returns:
@@ -135,12 +135,12 @@ def _bytes(chunk: Chunk) -> int:
 
 
 def _with_factors(setup: Setup, state: State, cache: list[Chunk]) -> State:
-    """Add the factors of captured chunks."""
+    """Add the factors of captured chunks, in place: the state is one of our own."""
     for chunk in cache:
         sums = reduced(setup, chunk, factors=True, basis=None)
         state = state._replace(
-            factors=pytrees.map(torch.add, state.factors, sums.factors),
-            counters=pytrees.map(torch.add, state.counters, sums.counters),
+            factors=pytrees.map(Tensor.add_, state.factors, sums.factors),
+            counters=pytrees.map(Tensor.add_, state.counters, sums.counters),
         )
     return state
 
@@ -154,8 +154,8 @@ def _from_cache(est: Estimator, state: State, cache: list[Chunk]) -> State:
         with unrounded([state.step]):
             state = state._replace(basis=spanned_basis(setup, cache))
     total: Counted | None = None
-    for chunk in cache:
-        sums = reduced(setup, chunk, factors=False, basis=state.basis)
+    while cache:  # each chunk is let go once it is reduced
+        sums = reduced(setup, cache.pop(0), factors=False, basis=state.basis)
         total = sums if total is None else pytrees.map(Tensor.add_, total, sums)
     assert total is not None  # at least one batch
     return state._replace(

@@ -79,20 +79,23 @@ def init_state(
     factors: dict[str, Moments | Tensor] = {}
     for layer in layout.layers:
         like = named[layer.name]
-        roles = tuple(
-            _zeros(layer, role, like, joint_bias, forward_only, dtype) for role in layer.roles
+        roles, each = (
+            tuple(
+                _zeros(layer, role, like, joint_bias, forward_only, dtype) for role in layer.roles
+            )
+            for _ in range(2)  # two, not one twice: they are added to in place
         )
-        counts = tuple(_zero(like).expand(layer.matrix[0]).clone() for _ in roles)
-        factors[layer.name] = Moments(roles, counts, roles if expanded else ())
+        counts = tuple(_zero(like).expand(layer.matrix[0]).clone() for _ in layer.roles)
+        factors[layer.name] = Moments(roles, counts, each if expanded else ())
     for rest in layout.rests:
         if rest.rule.covered:
             like, size = named[rest.params[0]], rest.block().shape[-1]
             shape = (1, size, size) if rest.rule.full else (1, size)
             factors[rest.params[0]] = like.new_zeros(shape, dtype=_wide(like, dtype))
     like = next(iter(named.values()), torch.zeros(()))
-    counters = Counters(_zero(like), _zero(like), _zero(like))
+    first, second = (Counters(_zero(like), _zero(like), _zero(like)) for _ in range(2))
     step = torch.zeros((), dtype=torch.int64, device=like.device)
-    return State(step, factors, {}, {}, counters, counters)
+    return State(step, factors, {}, {}, first, second)
 
 
 def _check_fits(layout: Layout, named: Mapping[str, Tensor]) -> None:
