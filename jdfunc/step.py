@@ -162,7 +162,7 @@ def value_and_jd_step(
         raise TypeError(
             f"expected linearize to be a function such as jdfunc.structured, got {linearize!r}"
         )
-    _check_metric(metric)
+    metric = _prepared(metric)
     rule = as_rule(weighting)
     if loss_scale is not None:
         linearize = scaled(linearize, loss_scale)
@@ -216,7 +216,7 @@ def gramian(
         tensor([[5., 2.],
                 [2., 1.]])
     """
-    _check_metric(metric)
+    metric = _prepared(metric)
     if loss_scale is not None:
         linearize = scaled(linearize, loss_scale)
     lin = linearize(model_fn, params, batch, buffers=buffers, batch_dim=batch_dim)
@@ -265,12 +265,15 @@ def nonfinite_rows(info: JDInfo) -> Tensor:
     return bad
 
 
-def _check_metric(metric: Any) -> None:
+def _prepared(metric: Any) -> Metric | None:
+    """Return the metric; of a curvature its inverse, whose eigenvalues are then found once."""
     if metric is not None and not callable(metric):
         raise TypeError(
             "expected metric to be a function, F⁻¹ of a pytree like the params, or a curvature, "
             f"got {type(metric).__name__}; of an estimator's state, est.finalize(state) makes one"
         )
+    inverse = getattr(metric, "inverse", None)
+    return metric if inverse is None else inverse()
 
 
 def _check_finite(losses: Tensor, gradients: Any) -> None:

@@ -94,3 +94,24 @@ def test_outputs_of_model_to_function(problem) -> None:
     layout = cv.curvature_layout(apply, params, buffers, x)
     with pytest.raises(TypeError, match="model_to_function"):
         cv.build(cv.kfac(layout, likelihood=cv.cross_entropy()), params, buffers, [(x, y)])
+
+
+def test_a_step_prepares_the_inverse_once(problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KFAC's factors are diagonalised once for the Gramian and the direction together."""
+    apply, params, batch, layout = problem
+    curv = cv.build(cv.kfac(layout, likelihood=cv.cross_entropy()), params, None, [batch])
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: calls.append(a.shape) or eigh(a))
+
+    def model_fn(params, buffers, batch):
+        return nn.functional.cross_entropy(
+            apply(params, None, batch[0]), batch[1], reduction="none"
+        )
+
+    prepared = cv.inverse(curv)
+    once = len(calls)
+    want = jd.jd_step(model_fn, params, batch, metric=prepared, batch_dim=0)
+    assert len(calls) == once > 0
+    got = jd.jd_step(model_fn, params, batch, metric=curv, batch_dim=0)
+    assert len(calls) == 2 * once
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

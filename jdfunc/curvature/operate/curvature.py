@@ -17,9 +17,9 @@ from jdfunc.types import Params, Rows
 class Curvature(NamedTuple):
     """F, symmetric positive semidefinite, and the damping of its inverse.
 
-    A metric for `jdfunc.jd_step` and `jdfunc.gramian`: called, it is the inverse. Each call then
-    solves the eigenvalue problems of its `Factors`; `jdfunc.curvature.inverse` solves them once,
-    and what it returns is a metric too.
+    A metric for `jdfunc.jd_step` and `jdfunc.gramian`, which call ``inverse()`` once. Called itself,
+    it is the inverse, and solves the eigenvalue problems of its `Factors` each time; what
+    `jdfunc.curvature.inverse` returns has solved them.
 
     To save it, save the state that it was made of (`jdfunc.curvature.state_dict`). For an ensemble,
     `torch.vmap` gives back states, and what is computed with curvatures, but no curvatures.
