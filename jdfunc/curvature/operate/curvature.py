@@ -17,8 +17,8 @@ from jdfunc.types import Params, Rows
 class Curvature(NamedTuple):
     """F, symmetric positive semidefinite, and the damping of its inverse.
 
-    A metric for `jdfunc.jd_step` and `jdfunc.gramian`, which call ``inverse()`` once. Called itself,
-    it is the inverse, and solves the eigenvalue problems of its `Factors` each time; what
+    A metric for `jdfunc.jd_step` and `jdfunc.gramian`, which call ``inverse()`` once. Called, it
+    is the inverse itself, and solves the eigenvalue problems of its `Factors` each time; what
     `jdfunc.curvature.inverse` returns has solved them.
 
     To save it, save the state that it was made of (`jdfunc.curvature.state_dict`). For an ensemble,
