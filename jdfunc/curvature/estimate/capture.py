@@ -8,6 +8,7 @@ their squares. So whatever holds a Jacobian's rows holds all that its blocks nee
 from __future__ import annotations  # Dynamo does not trace the annotations of inner functions
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ def captured(
     wanted: Sequence[str],
     kept: Collection[str],
     position_mask: PositionMask | None = None,
+    backward: bool = True,
 ) -> tuple[Captured, list[UseOf]]:
     """Run examples one at a time, by `torch.vmap`, and pull their pseudo-losses back.
 
@@ -89,32 +91,12 @@ def captured(
         wanted: the parameters to differentiate with respect to, by name.
         kept: those whose uses are kept; the rows of the others are made dense.
         position_mask: ``inputs -> [b, s]``, which positions count in A.
+        backward: whether to pull back; else uses have no cotangents, and there are no rows.
 
     Returns:
         What was captured, and what its uses are.
     """
     found: list[UseOf] = []
-
-    def settle(
-        losses: Tensor,
-        aux: list[Tensor],
-        uses: Sequence[Use],
-        cotangents: dict[int, Tensor],
-        rows: Named,
-    ) -> Captured:
-        found.clear()
-        pairs, dense = [], dict(rows)
-        for k, use in enumerate(uses):
-            if k not in cotangents:  # the output of this use does not reach the losses
-                continue
-            left, right = sides(use, cotangents[k], 1)
-            if use.name in kept:
-                found.append(_use_of(use))
-                pairs.append((left, right) if use.activations_first else (right, left))
-            else:
-                made = materialise(Outer(left, right, use.param))
-                dense[use.name] = dense[use.name] + made if use.name in dense else made
-        return Captured(pairs, dense, aux[0], aux[1] if len(aux) > 1 else ())
 
     def one(example: tuple[Any, Any, Tensor]) -> Captured:
         inputs, targets, key = example
@@ -125,69 +107,67 @@ def captured(
             # A product of matrices, whose pullback of V units takes V C numbers, and not V² C.
             with unrounded([v]):
                 losses = v.flatten(1) @ f.flatten().to(v.dtype)
-            return losses, [count, *_masks(position_mask, inputs)]
+            masks = [] if position_mask is None else [position_mask(inputs).squeeze(0)]
+            return losses, [count, *masks]
 
+        if not backward:
+            return _forward(pseudo_losses, given, kept, found)
         return tapped(
             pseudo_losses,
             given,
             factored=True,
             one_example=True,
             differentiable=False,
-            settle=settle,
+            settle=partial(_settled, kept, found),
         )
 
     return _each_example(one, batch, batch_dim), found
 
 
-def activations(
-    apply: ApplyFn,
-    params: Any,
-    buffers: Any,
-    batch: tuple[Any, Any, Tensor],
-    batch_dim: Any,
-    vectors: VectorsFn,
-    *,
-    wanted: Sequence[str],
+def _settled(
     kept: Collection[str],
-    position_mask: PositionMask | None = None,
-) -> tuple[Captured, list[UseOf]]:
-    """Run examples one at a time without a backward pass: uses without cotangents, and no rows.
+    found: list[UseOf],
+    losses: Tensor,
+    aux: list[Tensor],
+    uses: Sequence[Use],
+    cotangents: dict[int, Tensor],
+    rows: Named,
+) -> Captured:
+    """Lay the uses that are kept out as pairs, and add those of other parameters to their rows."""
+    found.clear()
+    pairs, dense = [], dict(rows)
+    for k, use in enumerate(uses):
+        if k not in cotangents:  # the output of this use does not reach the losses
+            continue
+        left, right = sides(use, cotangents[k], 1)
+        if use.name in kept:
+            found.append(_use_of(use))
+            pairs.append((left, right) if use.activations_first else (right, left))
+        else:
+            made = materialise(Outer(left, right, use.param))
+            dense[use.name] = dense[use.name] + made if use.name in dense else made
+    return Captured(pairs, dense, aux[0], aux[1] if len(aux) > 1 else ())
 
-    Args:
-        apply: as for `captured`.
-        params: as for `captured`.
-        buffers: as for `captured`.
-        batch: as for `captured`.
-        batch_dim: as for `captured`.
-        vectors: as for `captured`.
-        wanted: as for `captured`.
-        kept: as for `captured`.
-        position_mask: as for `captured`.
 
-    Returns:
-        What was captured, and what its uses are.
-    """
-    found: list[UseOf] = []
+def _forward(
+    losses_fn: Callable[[Named], tuple[Tensor, list[Tensor]]],
+    given: Named,
+    kept: Collection[str],
+    found: list[UseOf],
+) -> Captured:
+    """Run the model and lay the activations of the uses that are kept out."""
 
-    def one(example: tuple[Any, Any, Tensor]) -> Captured:
-        inputs, targets, key = example
-        given, run = bound(apply, params, buffers, inputs, wanted)
+    def forward(named: Named) -> tuple[Tensor, Captured]:
+        tap = Tap(named, {**RULES, **ONE_EXAMPLE_RULES}, named)
+        with tap:
+            losses, aux = losses_fn(named)
+        uses = [use for use in tap.uses if use.name in kept]
+        found[:] = [_use_of(use) for use in uses]
+        pairs: list[Any] = [(_rows_axis(use.activations(use.given)), ()) for use in uses]
+        return losses, Captured(pairs, {}, aux[0], aux[1] if len(aux) > 1 else ())
 
-        def forward(named: Named) -> tuple[Tensor, Captured]:
-            tap = Tap(named, {**RULES, **ONE_EXAMPLE_RULES}, named)
-            with tap:
-                outputs = run(named)
-            uses = [use for use in tap.uses if use.name in kept]
-            found[:] = [_use_of(use) for use in uses]
-            pairs: list[Any] = [(_rows_axis(use.activations(use.given)), ()) for use in uses]
-            f, _, count = vectors(outputs, targets, key.squeeze(0))
-            masks = _masks(position_mask, inputs)
-            return f, Captured(pairs, {}, count, masks[0] if masks else ())
-
-        result: Any = torch.func.vjp(forward, given, has_aux=True)
-        return result[2]
-
-    return _each_example(one, batch, batch_dim), found
+    result: Any = torch.func.vjp(forward, given, has_aux=True)
+    return result[2]
 
 
 def bound(
@@ -222,10 +202,6 @@ def _by_vmap_or_one_by_one(one: Callable[[Any], Captured], batch: Any, batch_dim
         example = select(batch, batch_dim, torch.arange(k, k + 1, device=batch[2].device))
         runs.append(pytrees.map(lambda leaf: leaf[None], one(example)))
     return pytrees.map(lambda *leaves: torch.cat(leaves), *runs)
-
-
-def _masks(position_mask: PositionMask | None, inputs: Any) -> list[Tensor]:
-    return [] if position_mask is None else [position_mask(inputs).squeeze(0)]
 
 
 def _rows_axis(side: Side) -> Side:

@@ -17,7 +17,6 @@ from jdfunc.curvature.estimate.capture import (
     PositionMask,
     UseOf,
     VectorsFn,
-    activations,
     captured,
 )
 from jdfunc.curvature.estimate.eigenvalues import eigenvalue_sums
@@ -110,7 +109,6 @@ def chunks(
     keys = random.bits(_key_of(fisher, targets, key), n)
     keys = keys.to(pytrees.leaves(params)[0].device)
     whole, dims = (inputs, targets, keys), (layout.batch_dim, 0, 0)
-    run = activations if fisher.vectors is None else captured
     kept = {layer.name for layer in layout.layers}
     rests = [name for rest in layout.rests if rest.rule.covered for name in rest.params]
     size, width = _sizes(setup, whole, dims, n)
@@ -119,7 +117,7 @@ def chunks(
         part = whole if size >= n else select(whole, dims, examples)
         seen, k = [1], 0
         while k < seen[-1]:
-            cap, uses = run(
+            cap, uses = captured(
                 layout.apply,
                 params,
                 buffers,
@@ -129,6 +127,7 @@ def chunks(
                 wanted=[*kept, *rests],
                 kept=kept,
                 position_mask=setup.position_mask,
+                backward=fisher.vectors is not None,
             )
             yield Chunk(cap, uses, k == 0)
             k += width
