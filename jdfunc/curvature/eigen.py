@@ -1,4 +1,4 @@
-"""Eigendecompositions of factors: symmetrised, in double precision, retried with jitter."""
+"""Eigendecompositions of factors: symmetrised, and retried in double precision."""
 
 from collections.abc import Mapping
 
@@ -28,19 +28,21 @@ def eigh(matrix: Tensor, dtype: torch.dtype | None = torch.float64) -> tuple[Ten
     Raises:
         ValueError: the matrix holds NaN or inf.
     """
+    if looks(matrix) and not bool(torch.isfinite(matrix).all()):
+        raise ValueError("expected a finite matrix, got NaN or inf")
+    return _decomposed(matrix, dtype)
+
+
+def _decomposed(matrix: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Decompose the symmetric part of a finite matrix."""
     least = torch.promote_types(matrix.dtype, torch.float32)
     wide = matrix.to(least if dtype is None else dtype)
-    wide = (wide + wide.mT) / 2
-    if not looks(wide):
-        values, vectors = torch.linalg.eigh(wide)
-    else:
-        values, vectors = _retried(wide)
+    wide = (wide + wide.mT).mul_(0.5)
+    values, vectors = _retried(wide) if looks(wide) else torch.linalg.eigh(wide)
     return values.clamp(min=0).to(matrix.dtype), vectors.contiguous().to(matrix.dtype)
 
 
 def _retried(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("expected a finite matrix, got NaN or inf")
     found = _attempt(matrix)
     if found is not None:
         return found
@@ -62,8 +64,7 @@ def _attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return None
-    finite = bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all())
-    return (values, vectors) if finite else None
+    return (values, vectors) if bool(torch.isfinite(values.sum() + vectors.sum())) else None
 
 
 def looks(tensor: Tensor) -> bool:
@@ -95,10 +96,10 @@ def eigh_all(
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for names in groups.values():
         if len(names) == 1 or matrices[names[0]].shape[-1] > LARGE:
-            found |= {name: eigh(matrices[name], dtype) for name in names}
+            found |= {name: _decomposed(matrices[name], dtype) for name in names}
             continue
         sizes = [matrices[name].shape[0] for name in names]
-        values, vectors = eigh(torch.cat([matrices[name] for name in names]), dtype)
+        values, vectors = _decomposed(torch.cat([matrices[name] for name in names]), dtype)
         parts = zip(names, values.split(sizes), vectors.split(sizes), strict=True)
         found |= {name: (value, vector) for name, value, vector in parts}
     return found
