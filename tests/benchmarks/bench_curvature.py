@@ -20,10 +20,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from bench_structured import CLEAR, _peak
 from clocks import interleaved
 from torch import Tensor, nn
+from training import FusedBlock
 
 from jdfunc import curvature as cv
 
@@ -42,31 +42,12 @@ class Case(NamedTuple):
     batch: tuple[Tensor, Tensor]
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block with one projection for queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class Classifier(nn.Module):
     """Two blocks, mean over the positions, a linear head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4))
+        self.blocks = nn.Sequential(*(FusedBlock(width, 4, causal=False) for _ in range(2)))
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

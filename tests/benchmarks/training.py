@@ -66,12 +66,12 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-class CausalBlock(nn.Module):
-    """Pre-norm block of a GPT, its projections as layers of their own."""
+class FusedBlock(nn.Module):
+    """Pre-norm block with one projection for queries, keys and values, causal or not."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -80,7 +80,7 @@ class CausalBlock(nn.Module):
         b, t, d = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -93,7 +93,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(CausalBlock(width, 4) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(FusedBlock(width, 4, causal=True) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.tokens.weight, std=0.1)
         self.head = nn.Linear(width, vocabulary, bias=False) if head else None

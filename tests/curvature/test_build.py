@@ -246,3 +246,19 @@ def test_bases_of_few_vectors_are_thin():
     for limit, columns in ((2**28, (3, 3)), (0, (8, 9))):
         held = cv.build(est, params, None, [(x, randn(3, 8))], cache_limit=limit).blocks["w"]
         assert (held.left.shape[-1], held.right.shape[-1]) == columns
+
+
+@pytest.mark.parametrize("sharing", [cv.expand, cv.reduce], ids=["expand", "reduce"])
+def test_no_two_tensors_of_a_fresh_state_share_memory(sharing):
+    """`build` adds to them in place."""
+    torch.manual_seed(0)
+    params = {"w": torch.randn(2, 3), "b": torch.randn(2), "scale": torch.ones(())}
+
+    def apply(params, buffers, x):
+        return torch.nn.functional.linear(x, params["w"], params["b"]) * params["scale"]
+
+    layout = cv.curvature_layout(apply, params, None, torch.randn(4, 3))
+    state = cv.ekfac(layout, likelihood=cv.mse(), sharing=sharing).init(params)
+    places = [leaf.data_ptr() for leaf in pytrees.leaves(state)]
+    assert len(places) > 8
+    assert len(set(places)) == len(places)

@@ -44,9 +44,11 @@ def init(setup: Setup, params: Any) -> State:
         expanded=setup.eigenvalues and setup.sharing.sums,
         dtype=setup.precision.factors,
     )
-    zeros = state.counters.denominator.new_zeros(counted(setup.likelihood))
-    counters = state.counters._replace(denominator=zeros)
-    return state._replace(counters=counters, eigen_counters=counters)
+    first, second = (  # two, not one twice: `build` adds in place
+        counters._replace(denominator=counters.denominator.new_zeros(counted(setup.likelihood)))
+        for counters in (state.counters, state.eigen_counters)
+    )
+    return state._replace(counters=first, eigen_counters=second)
 
 
 def update(
